@@ -1,0 +1,23 @@
+"""Named NumPy arrays in one file, without pickle: what units hand to later phases."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from hardmoe.storage import OutputFile, Storage
+
+
+def save_arrays(out: AbstractContextManager[OutputFile], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays into an output; equal arrays give equal bytes."""
+    with out as sink:
+        sink.write(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+
+def load_arrays(storage: Storage, path: str) -> dict[str, NDArray[Any]]:
+    """Read what `save_arrays` wrote."""
+    arrays: dict[str, NDArray[Any]] = safetensors.numpy.load(storage.read_bytes(path))
+    return arrays

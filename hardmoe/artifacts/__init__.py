@@ -1,0 +1,1 @@
+"""Artifacts: fingerprints, records, provenance, leases and the store that ties them together."""

@@ -1,0 +1,114 @@
+"""The artifacts of one root: find, read, check, commit, reuse."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from hardmoe.artifacts.record import PROVENANCE_NAME, RECORD_NAME, InputReference, Record, parse_record
+from hardmoe.config import Json
+from hardmoe.errors import MissingRecordError, StorageError
+from hardmoe.storage import Storage, check_entry, join, open_storage
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact, wherever its files lie; what stages read their inputs through."""
+
+    name: str
+    record: Record
+    home: Storage
+    """The root in which the record was found."""
+
+    @cached_property
+    def storage(self) -> Storage:
+        """Where the files lie: the root itself, or another root's artifact that is reused."""
+        return open_storage(self.record.reused_from) if self.record.reused_from else self.home
+
+    @property
+    def payload(self) -> Json:
+        """What the record says of the result."""
+        return self.record.payload
+
+    def path(self, relative: str) -> str:
+        """A file's path in `storage`."""
+        return relative if self.record.reused_from else join(self.name, relative)
+
+    def files(self, prefix: str = "", suffix: str = "") -> list[str]:
+        """Sorted storage paths of the files vouched for whose names begin and end so."""
+        names = sorted(entry.path for entry in self.record.files)
+        return [self.path(name) for name in names if name.startswith(prefix) and name.endswith(suffix)]
+
+    def reference(self) -> InputReference:
+        """How a record that stands on this artifact refers to it."""
+        return InputReference(artifact=self.name, fingerprint=self.record.fingerprint, record=self.record.digest())
+
+    def verify(self) -> int:
+        """Hash every file again; returns their number.
+
+        Raises:
+            CorruptFileError: the first file that is missing or altered.
+        """
+        for entry in self.record.files:
+            check_entry(self.storage, self.path(entry.path), entry.size, entry.sha256)
+        return len(self.record.files)
+
+
+class ArtifactStore:
+    """All artifacts below one root."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def find(self, name: str) -> Artifact | None:
+        """The artifact, or None if it has no record.
+
+        Raises:
+            CorruptFileError: its record cannot be read.
+        """
+        path = join(name, RECORD_NAME)
+        if not self.storage.exists(path):
+            return None
+        record = parse_record(self.storage.read_bytes(path), f"{self.storage.uri}/{path}")
+        return Artifact(name, record, self.storage)
+
+    def get(self, name: str) -> Artifact:
+        """The artifact.
+
+        Raises:
+            MissingRecordError: it has no record.
+        """
+        if (artifact := self.find(name)) is None:
+            raise MissingRecordError(f"{self.storage.uri}/{join(name, RECORD_NAME)} does not exist: '{name}' was never finished")
+        return artifact
+
+    def commit(self, name: str, record: Record, provenance: bytes) -> Artifact:
+        """Write the provenance and then, last, the record. If another builder was first, its record stands."""
+        self.storage.write_bytes(join(name, PROVENANCE_NAME), provenance)
+        self.storage.create(join(name, RECORD_NAME), record.to_bytes())
+        return self.get(name)
+
+    def reuse(
+        self, name: str, fingerprint: str, inputs: Mapping[str, Artifact], roots: Sequence[str], provenance: bytes
+    ) -> Artifact | None:
+        """Take the artifact over from the first of other roots that has one of the same fingerprint and inputs."""
+        for root in roots:
+            found = _find_elsewhere(root, name)
+            if found is None or found.record.fingerprint != fingerprint or not _same_inputs(found.record, inputs):
+                continue
+            origin = found.record.reused_from or f"{found.home.uri}/{found.name}"
+            return self.commit(name, replace(found.record, reused_from=origin), provenance)
+        return None
+
+
+def _find_elsewhere(root: str, name: str) -> Artifact | None:
+    storage = open_storage(root)
+    try:
+        return ArtifactStore(storage).find(name)
+    except StorageError as error:
+        raise StorageError(f"cannot look into the root '{root}' of 'reuse': {error}") from error
+
+
+def _same_inputs(record: Record, inputs: Mapping[str, Artifact]) -> bool:
+    return {role: reference.record for role, reference in record.inputs.items()} == {
+        role: artifact.record.digest() for role, artifact in inputs.items()
+    }

@@ -1,0 +1,167 @@
+"""The commands that build: from options to a run of the durable workflow, and what they print when it is through."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import yaml
+
+from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
+from hardmoe.data.schemas import SPLITS
+from hardmoe.errors import RecipeError
+from hardmoe.execution.backend import Backend
+from hardmoe.execution.config import ExecutionConfig
+from hardmoe.execution.progress import Reporter, make_display
+from hardmoe.execution.runner import Plan, Runner, RunnerOptions, make_plan
+from hardmoe.experts.stages import expert_name
+from hardmoe.pipeline import build_stages, identify_inputs, select
+from hardmoe.recipe import Recipe
+from hardmoe.storage import open_storage
+
+_METRIC_COLUMNS = ("precision@1", "precision@5", "recall@10", "hit@5", "map")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run after a command has done its part."""
+
+    store: ArtifactStore
+    recipe: Recipe
+    plan: Plan
+    fresh: frozenset[str]
+    """Artifacts that this command built or took over."""
+
+    def artifact(self, name: str) -> Artifact:
+        """A finished artifact."""
+        return self.plan.artifacts[name]
+
+
+def build(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str] = ()) -> Built:
+    """Build the targets and whatever they stand on, as far as it is missing.
+
+    Args:
+        options: the command's options.
+        targets: names of artifacts; `experts` stands for all experts.
+        only: names of experts to choose from them.
+    """
+    store, recipe, plan = _planned(options, targets, only)
+    missing = {stage.name for stage in plan.missing}
+    if missing:
+        body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        store.storage.create(RECIPE_FILE, body.encode())
+        limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse)
+        reporter = Reporter(store.storage, make_display())
+        Runner(store, lambda: _backend(recipe.execution), reporter, limits).run(plan)
+    return Built(store, recipe, plan, frozenset(missing))
+
+
+def print_plan(options: Mapping[str, Any]) -> None:
+    """What `run` would do."""
+    _, _, plan = _planned(options, ["report"], ())
+    rows: list[Sequence[str]] = [("artifact", "state", "inputs")]
+    for stage in plan.stages:
+        state = "done" if stage.name in plan.artifacts else "missing"
+        inputs = list(dict.fromkeys(stage.inputs.values()))
+        rows.append((stage.name, state, ", ".join(inputs[:4]) + (", …" if len(inputs) > 4 else "")))
+    click.echo(format_table(rows))
+    click.echo(f"\n{len(plan.missing)} of {len(plan.stages)} artifacts would be built")
+
+
+def print_parts(built: Built) -> None:
+    """Sizes of the parts."""
+    payload = built.artifact("partition").payload
+    rows: list[Sequence[str]] = [("part", *SPLITS, "mean distance")]
+    for expert in range(payload["experts"]):
+        distance = payload["mean_distance"][expert]
+        sizes = [str(payload["sizes"][split][expert]) for split in SPLITS]
+        rows.append((expert_name(expert), *sizes, "-" if distance is None else f"{distance:.3f}"))
+    click.echo(format_table(rows, right=(1, 2, 3, 4)))
+
+
+def print_experts(built: Built) -> None:
+    """What came of the experts."""
+    rows: list[Sequence[str]] = [("expert", "examples", "seen", "steps", "loss", "validation precision@1")]
+    for stage in built.plan.stages:
+        if stage.name.startswith("experts/"):
+            payload = built.artifact(stage.name).payload
+            counts = [str(payload[key]) for key in ("unique_examples", "examples_seen", "steps")]
+            rows.append((stage.name, *counts, _number(payload["final_loss"]), _percent(payload["validation_precision@1"])))
+    click.echo(format_table(rows, right=(1, 2, 3, 4, 5)))
+
+
+def print_decoder(built: Built) -> None:
+    """What came of the decoder."""
+    payload = built.artifact("decoder").payload
+    click.echo(
+        f"decoder over {payload['experts']} experts: {payload['num_features']} -> {payload['dim']} dimensions, "
+        f"{payload['num_tags']} tags, loss {_number(payload['final_loss'])}, "
+        f"validation precision@1 {_percent(payload['validation_precision@1'])}"
+    )
+
+
+def print_metrics(built: Built) -> None:
+    """The metrics table, in per cent with 95 % intervals."""
+    evaluation = built.artifact("evaluation")
+    results = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))
+    rows: list[Sequence[str]] = [("system", *_METRIC_COLUMNS)]
+    for system, metrics in results["systems"].items():
+        rows.append((system, *(_interval(metrics[name]) for name in _METRIC_COLUMNS)))
+    click.echo(f"{results['num_test_examples']} test examples; per cent, with 95 % bootstrap intervals\n")
+    click.echo(format_table(rows, right=range(1, len(rows[0]))))
+    difference = results["differences"].get("mixture - dense_refit", {}).get("precision@1")
+    if difference and difference["value"] is not None:
+        low, high = 100 * difference["low"], 100 * difference["high"]
+        click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+
+
+def publish(built: Built) -> str:
+    """Write the page if it is missing or its data are new; returns where it is."""
+    from hardmoe.report.publish import PAGE_PATH, publish_page
+
+    if "report" in built.fresh or not built.store.storage.exists(PAGE_PATH):
+        publish_page(built.store.storage, built.artifact("report"), list(built.plan.artifacts.values()))
+    return f"{built.store.storage.uri}/{PAGE_PATH}"
+
+
+def _planned(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str]) -> tuple[ArtifactStore, Recipe, Plan]:
+    recipe = recipe_of(options)
+    store = ArtifactStore(open_storage(recipe.root))
+    stages = build_stages(recipe, identify_inputs(recipe, store))
+    experts = [stage.name for stage in stages if stage.name.startswith("experts/")]
+    names = [name for target in targets for name in (_chosen(experts, only) if target == "experts" else [target])]
+    return store, recipe, make_plan(store, select(stages, names))
+
+
+def _chosen(experts: Sequence[str], only: Sequence[str]) -> list[str]:
+    wanted = {name if name.startswith("experts/") else f"experts/{name}" for name in only} or set(experts)
+    if unknown := sorted(wanted - set(experts)):
+        first, last = experts[0].removeprefix("experts/"), experts[-1].removeprefix("experts/")
+        raise RecipeError(f"--only {unknown[0].removeprefix('experts/')}: the recipe's experts are {first} to {last}")
+    return [name for name in experts if name in wanted]
+
+
+def _backend(config: ExecutionConfig) -> Backend:
+    if config.backend == "inline":
+        from hardmoe.execution.inline import InlineBackend
+
+        return InlineBackend()
+    from hardmoe.execution.ray.backend import RayBackend
+
+    return RayBackend(config.address)
+
+
+def _interval(metric: Mapping[str, Any]) -> str:
+    if metric["value"] is None:
+        return "-"
+    return f"{100 * metric['value']:.1f} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

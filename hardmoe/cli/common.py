@@ -1,0 +1,51 @@
+"""What commands share: the recipe with its overrides, a plain table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hardmoe.errors import RecipeError
+from hardmoe.recipe import DEFAULT_PATH, Recipe, load_recipe, parse_recipe
+from hardmoe.storage import Storage, open_storage
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def recipe_of(options: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command's options ask for."""
+    overrides = list(options["overrides"])
+    for option, key in (("root", "root"), ("backend", "execution.backend"), ("address", "execution.address")):
+        if options.get(option) is not None:
+            overrides.append(f"{key}={options[option]}")
+    if options.get("parallel") is not None:
+        overrides.append(f"execution.parallel={options['parallel']}")
+    return load_recipe(options["recipe_path"] or Path(DEFAULT_PATH), overrides)
+
+
+def existing_run(options: Mapping[str, Any]) -> tuple[Storage, Recipe]:
+    """The root and the recipe of a run that was begun; with --root alone, no recipe file is needed.
+
+    Raises:
+        RecipeError: there is no run in that root.
+    """
+    root = options["root"]
+    if root is None or options["recipe_path"] is not None:
+        root = recipe_of(options).root
+    storage = open_storage(root)
+    if not storage.exists(RECIPE_FILE):
+        raise RecipeError(f"no run was begun in {storage.uri}; begin one with 'hardmoe run', or name another root with --root")
+    return storage, parse_recipe(yaml.safe_load(storage.read_bytes(RECIPE_FILE)), f"{storage.uri}/{RECIPE_FILE}")
+
+
+def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows (the first one is the header) in aligned columns; those numbered in `right` are flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(w) if column in right else cell.ljust(w) for column, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""The commands that look: status, logs, show, verify. They read the run's files and start nothing."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from hardmoe.artifacts.lease import lease_holder
+from hardmoe.artifacts.record import PROVENANCE_NAME
+from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.cli.common import existing_run, format_table
+from hardmoe.config import Json
+from hardmoe.errors import ArtifactError, CorruptFileError, RecipeError
+from hardmoe.execution.progress import STATUS_SECONDS, format_seconds
+from hardmoe.pipeline import ExternalInputs, build_stages
+from hardmoe.storage import Storage, join
+
+_ACTIVE = ("running",)
+
+
+@dataclass(frozen=True)
+class ArtifactStatus:
+    """One artifact's line in `hardmoe status`."""
+
+    artifact: str
+    state: str
+    """done, reused, running, stopped, failed or missing."""
+    progress: Mapping[str, Json]
+    """What the driver last wrote of it; empty when done or not begun."""
+    holder: str | None = None
+    seconds: float | None = None
+
+
+def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
+    """Print the status once, or again and again until nothing is running."""
+    while True:
+        storage, recipe = existing_run(options)
+        names = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+        rows = [_status(storage, name) for name in names]
+        if watch and not as_json:
+            click.clear()
+        click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
+        if not watch or not any(row.state in _ACTIVE for row in rows):
+            return
+        time.sleep(STATUS_SECONDS)
+
+
+def _status(storage: Storage, name: str) -> ArtifactStatus:
+    try:
+        artifact = ArtifactStore(storage).find(name)
+    except CorruptFileError as error:
+        return ArtifactStatus(name, "damaged", {"failures": [{"unit": name, "error": str(error)}]})
+    if artifact is not None:
+        provenance = _provenance(storage, name)
+        return ArtifactStatus(name, "reused" if artifact.record.reused_from else "done", {}, seconds=provenance.get("seconds"))
+    holder = lease_holder(storage, name)
+    path = join(name, "_progress", "status.json")
+    if not storage.exists(path):
+        return ArtifactStatus(name, "running" if holder else "missing", {}, str(holder) if holder else None)
+    body = json.loads(storage.read_bytes(path))
+    # The driver of a run that was killed could not say so: without a living holder nothing is running.
+    state = "stopped" if body["state"] == "running" and holder is None else body["state"]
+    return ArtifactStatus(name, state, body, str(holder) if holder else None)
+
+
+def _status_table(rows: Sequence[ArtifactStatus]) -> str:
+    table = [("artifact", "state", "phase", "units", "done", "rate", "ETA", "note")]
+    for row in rows:
+        body = row.progress
+        total = body.get("units_total")
+        units = f"{body['units_done']}/{total}" if total else ""
+        share = f"{100 * body['fraction']:.0f} %" if total else ""
+        running = row.state in _ACTIVE and bool(body)
+        rate = f"{body['units_per_second']:.3g}/s" if running and body["units_per_second"] else ""
+        eta = format_seconds(body["eta_seconds"]) if running and body["eta_seconds"] is not None else ""
+        table.append((row.artifact, row.state, body.get("phase", ""), units, share, rate, eta, _note(row)))
+    return format_table(table, right=(3, 4, 5, 6))
+
+
+def _note(row: ArtifactStatus) -> str:
+    if row.seconds is not None:
+        return f"took {format_seconds(row.seconds)}"
+    failures = row.progress.get("failures", [])
+    if failures:
+        return f"{failures[0]['unit']}: {failures[0]['error']}"[:160]
+    live = row.progress.get("running", {})
+    rates = [body["values"]["examples/s"] for body in live.values() if "examples/s" in body["values"]]
+    parts = [f"{sum(rates):.0f} examples/s"] if rates and row.state in _ACTIVE else []
+    return "; ".join([*parts, *([row.holder] if row.holder else [])])
+
+
+def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> None:
+    """Print the logs of an artifact's units, or list all logs, or print what failed."""
+    storage, recipe = existing_run(options)
+    names = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+    if name is not None:
+        names = [_resolve(names, name)]
+    if failed:
+        _print_failures(storage, names)
+        return
+    for artifact in names:
+        for path in storage.list(join(artifact, "_progress", "logs")):
+            if name is None:
+                click.echo(f"{artifact}: {path.removesuffix('.log')}")
+            else:
+                click.echo(f"== {path.removesuffix('.log')}")
+                click.echo(storage.read_bytes(join(artifact, "_progress", "logs", path)).decode(errors="replace"), nl=False)
+
+
+def _print_failures(storage: Storage, names: Sequence[str]) -> None:
+    found = 0
+    for artifact in names:
+        for failure in _status(storage, artifact).progress.get("failures", []):
+            found += 1
+            click.echo(f"{failure['unit']}: {failure['error']}")
+    if not found:
+        click.echo("nothing failed")
+
+
+def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
+    """Print a record: as JSON with its provenance, or for people."""
+    storage, recipe = existing_run(options)
+    names = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+    artifact = ArtifactStore(storage).get(_resolve(names, name))
+    provenance = _provenance(storage, artifact.name)
+    if as_json:
+        click.echo(json.dumps({"record": artifact.record.body(), "provenance": provenance}, indent=1, sort_keys=True))
+        return
+    record = artifact.record
+    where = record.reused_from or f"{storage.uri}/{artifact.name}"
+    lines = [
+        ("artifact", f"{artifact.name} (kind {record.kind}, version {record.version})"),
+        ("files", f"{len(record.files)}, {sum(entry.size for entry in record.files):,} bytes, in {where}"),
+        ("fingerprint", record.fingerprint),
+        ("inputs", ", ".join(sorted({reference.artifact for reference in record.inputs.values()})) or "-"),
+        ("built", f"{provenance.get('finished', '?')} on {provenance.get('host', '?')}, {provenance.get('seconds', 0):.1f} s"),
+    ]
+    click.echo(format_table(lines))
+    for title, body in (("config", record.config), ("payload", record.payload)):
+        click.echo(f"\n{title}")
+        click.echo(json.dumps(body, indent=2, sort_keys=True))
+
+
+def verify_artifacts(options: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Hash every vouched file and check every input's record; tell all problems, then fail if there were any."""
+    storage, recipe = existing_run(options)
+    known = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+    store = ArtifactStore(storage)
+    problems = 0
+    for name in [_resolve(known, name) for name in names] or known:
+        sentence = _verified(store, name)
+        problems += sentence.startswith("BAD")
+        click.echo(f"{name}: {sentence}")
+    if problems:
+        raise CorruptFileError(
+            f"{problems} artifacts are damaged; delete their directories and what stands on them, and run again"
+        )
+
+
+def _verified(store: ArtifactStore, name: str) -> str:
+    try:
+        artifact = store.find(name)
+        if artifact is None:
+            return "missing"
+        count = artifact.verify()
+        _check_inputs(store, artifact)
+    except ArtifactError as error:
+        return f"BAD: {error}"
+    return f"ok, {count} files"
+
+
+def _check_inputs(store: ArtifactStore, artifact: Artifact) -> None:
+    for reference in artifact.record.inputs.values():
+        there = store.find(reference.artifact)
+        if there is None or there.record.digest() != reference.record:
+            raise CorruptFileError(f"its input '{reference.artifact}' is {'missing' if there is None else 'another one by now'}")
+
+
+def _resolve(names: Sequence[str], name: str) -> str:
+    """The artifact that a person means: its whole name, or the last part of it (`expert-0007`)."""
+    wanted = name.strip("/")
+    if wanted in names:
+        return wanted
+    matches = [known for known in names if known.rpartition("/")[2] == wanted] or [k for k in names if wanted.startswith(f"{k}/")]
+    if not matches:
+        raise RecipeError(f"this run has no artifact '{name}'; it has {', '.join(names)}")
+    return matches[0]
+
+
+def _provenance(storage: Storage, name: str) -> dict[str, Json]:
+    path = join(name, PROVENANCE_NAME)
+    body: dict[str, Json] = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    return body

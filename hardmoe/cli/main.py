@@ -1,0 +1,198 @@
+"""`hardmoe`: the commands, their options, their exit codes.
+
+Everything heavy is imported inside a command, so `--help` answers at once. Data goes to stdout, progress and errors to
+stderr. Exit codes: 0 done; 1 an error of hardmoe's own, one sentence; 2 usage; 3 some units failed, running again resumes;
+130 interrupted.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import hardmoe
+from hardmoe.errors import HardmoeError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def recipe_options(command: Command) -> Command:
+    """Options of every command that reads a recipe."""
+    options = [
+        click.option(
+            "-f", "--recipe", "recipe_path", type=click.Path(path_type=Path), help="Recipe file. [default: hardmoe.yaml]"
+        ),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, as in partition.experts=16."
+        ),
+        click.option("--root", help="Override the run's root."),
+        click.option("--debug", is_flag=True, help="Show tracebacks."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def building_options(command: Command) -> Command:
+    """Options of every command that builds something."""
+    options = [
+        click.option("--parallel", type=click.IntRange(min=1), help="At most so many units at a time."),
+        click.option("--backend", type=click.Choice(["ray", "inline"]), help="Override execution.backend."),
+        click.option("--address", help="Override execution.address: 'local', or a running Ray cluster's."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return recipe_options(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(hardmoe.__version__, prog_name="hardmoe")
+def cli() -> None:
+    """Train a vision model far larger than one GPU can hold, by splitting the data.
+
+    A trunk embeds the images, k-means partitions them, one expert is trained per part, and one decoder is fitted over all
+    experts. Every command does only what is missing; run it again after anything went wrong.
+    """
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), default="hardmoe.yaml")
+@click.option("--schema", is_flag=True, help="Print the recipe's JSON Schema instead, for editors.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def init(path: Path, schema: bool, force: bool, debug: bool) -> None:
+    """Write a commented recipe to PATH (hardmoe.yaml)."""
+    from hardmoe.cli.init import json_schema, write_recipe
+
+    click.echo(json_schema() if schema else write_recipe(path, force))
+
+
+@cli.command()
+@building_options
+def partition(**options: Any) -> None:
+    """Dataset, vocabulary, trunk, features, router, partition: each only if missing."""
+    from hardmoe.cli.build import build, print_parts
+
+    print_parts(build(options, ["partition"]))
+
+
+@cli.command("train-experts")
+@click.option("--only", multiple=True, metavar="EXPERT", help="Train only this expert, such as expert-0007; may be repeated.")
+@building_options
+def train_experts(only: tuple[str, ...], **options: Any) -> None:
+    """Train one expert per part, at most --parallel at a time."""
+    from hardmoe.cli.build import build, print_experts
+
+    print_experts(build(options, ["experts"], only))
+
+
+@cli.command("fit-decoder")
+@building_options
+def fit_decoder(**options: Any) -> None:
+    """Cache the experts' embeddings, then fit the shared decoder."""
+    from hardmoe.cli.build import build, print_decoder
+
+    print_decoder(build(options, ["decoder"]))
+
+
+@cli.command()
+@building_options
+def evaluate(**options: Any) -> None:
+    """Measure the mixture and its controls on the test split."""
+    from hardmoe.cli.build import build, print_metrics
+
+    print_metrics(build(options, ["evaluation"]))
+
+
+@cli.command()
+@building_options
+def report(**options: Any) -> None:
+    """Write one self-contained HTML page about the run."""
+    from hardmoe.cli.build import build, publish
+
+    click.echo(publish(build(options, ["report"])))
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Print what would be built, and build nothing.")
+@building_options
+def run(dry_run: bool, **options: Any) -> None:
+    """Everything: from the images to the report."""
+    from hardmoe.cli.build import build, print_metrics, print_plan, publish
+
+    if dry_run:
+        print_plan(options)
+        return
+    built = build(options, ["report"])
+    print_metrics(built)
+    click.echo(f"\nreport: {publish(built)}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--watch", is_flag=True, help="Refresh every two seconds until nothing is running.")
+@recipe_options
+def status(as_json: bool, watch: bool, **options: Any) -> None:
+    """Show every artifact: state, units done, rate, ETA, failures."""
+    from hardmoe.cli.inspect import show_status
+
+    show_status(options, as_json, watch)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--failed", is_flag=True, help="Only units that failed.")
+@recipe_options
+def logs(name: str | None, failed: bool, **options: Any) -> None:
+    """Print what the units of artifact NAME said, such as expert-0007; without NAME, list what there is."""
+    from hardmoe.cli.inspect import show_logs
+
+    show_logs(options, name, failed)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print record and provenance as JSON.")
+@recipe_options
+def show(name: str, as_json: bool, **options: Any) -> None:
+    """Show the record of artifact NAME: what it was built from, and what came of it."""
+    from hardmoe.cli.inspect import show_artifact
+
+    show_artifact(options, name, as_json)
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@recipe_options
+def verify(names: tuple[str, ...], **options: Any) -> None:
+    """Hash again every file that the records vouch for, of all artifacts or of those named."""
+    from hardmoe.cli.inspect import verify_artifacts
+
+    verify_artifacts(options, names)
+
+
+def main() -> None:
+    """Run the command line; turns errors into one sentence and an exit code."""
+    # A job scheduler's SIGTERM is an interruption like Ctrl-C: leases are released, Ray is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; running the command again resumes", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # `hardmoe show … | head` is no error; nothing more can be said on a closed stdout.
+        sys.stderr.close()
+        sys.exit(0)
+    except HardmoeError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,1 @@
+"""Images and hashtags: where they come from (`sources`), what they mean (`hashtags`) and how they are decoded (`images`)."""

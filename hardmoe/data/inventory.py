@@ -1,0 +1,72 @@
+"""The identity of an external source: a digest of its sorted list of (name, size, content digest).
+
+Content decides, never paths or times; but a file whose size and modification time stand as they did is not read again, so
+looking at a finished run costs a listing. Rejected: trusting the times themselves, which a copy or a checkout changes.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from hardmoe.artifacts.fingerprint import digest
+from hardmoe.data.sources.base import SourceFile
+from hardmoe.errors import DataError
+from hardmoe.storage import Storage
+
+CACHE_PATH = "dataset/_progress/inventory.json"
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A source's files, by name, with size in bytes and SHA-256."""
+
+    files: dict[str, tuple[int, str]]
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 over the sorted names, sizes and contents."""
+        return digest([[name, size, sha256] for name, (size, sha256) in sorted(self.files.items())])
+
+
+def take_inventory(files: Sequence[SourceFile], storage: Storage) -> Inventory:
+    """Digest every file that changed since the last time, and remember the digests in the root.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    cache = _load_cache(storage)
+    changed = [file for file in files if _key(file) not in cache]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        fresh = dict(zip(map(_key, changed), pool.map(_sha256, changed), strict=True))
+    known = {_key(file): fresh.get(_key(file)) or cache[_key(file)] for file in files}
+    if known != cache:
+        storage.write_bytes(CACHE_PATH, (json.dumps(known, indent=0, sort_keys=True) + "\n").encode())
+    return Inventory({file.name: (file.size, known[_key(file)]) for file in files})
+
+
+def _key(file: SourceFile) -> str:
+    return f"{file.path}|{file.size}|{file.mtime_ns}"
+
+
+def _load_cache(storage: Storage) -> dict[str, str]:
+    if not storage.exists(CACHE_PATH):
+        return {}
+    try:
+        cache: dict[str, str] = json.loads(storage.read_bytes(CACHE_PATH))
+    except ValueError:
+        # Only a cache: a damaged one costs a second reading.
+        return {}
+    return cache
+
+
+def _sha256(file: SourceFile) -> str:
+    try:
+        with Path(file.path).open("rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {file.path}: {error.strerror or error}; make it readable or take it out of dataset.path"
+        ) from error

@@ -1,0 +1,1 @@
+"""Ranking metrics with bootstrap intervals, and the controls that every claim is measured against."""

@@ -1,0 +1,40 @@
+"""Declaration of the `evaluation` stage: which systems, and where each one's embeddings and decoder are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hardmoe.evaluation.config import EvaluationConfig
+from hardmoe.stage import Stage
+
+
+@dataclass(frozen=True)
+class System:
+    """One system to be judged, by the names of artifacts."""
+
+    embeddings: str
+    """Artifact with the system's features of every test example."""
+    column: str
+    """Their column: `feature` in the trunk's table, `embedding` in the experts'."""
+    decoders: tuple[str, ...]
+    """One artifact with a decoder of its own per expert; or a single shared one."""
+    shared: bool
+    """Whether the decoder is a shared one, with alignment."""
+
+
+def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], seed: int) -> Stage:
+    """Metrics with intervals of all systems over the test split."""
+    inputs = {"vocabulary": "vocabulary"}
+    described = {}
+    for name, system in systems.items():
+        inputs[f"{name}:embeddings"] = system.embeddings
+        for index, decoder in enumerate(system.decoders):
+            inputs[f"{name}:decoder-{index:04d}"] = decoder
+        described[name] = {"column": system.column, "decoders": len(system.decoders), "shared": system.shared}
+    return Stage(
+        name="evaluation",
+        kind="evaluation",
+        version=1,
+        config={"evaluation": config.identity(), "systems": described, "seed": seed},
+        inputs=inputs,
+        work="hardmoe.evaluation.work:EvaluationWork",
+    )

@@ -1,0 +1,177 @@
+"""The evaluation stage: every system over the test split, from cached embeddings, in mergeable sums.
+
+One unit per system and shard of its embeddings. Each system's tables are read where they lie, in their own order: sums and
+bootstrap weights are functions of the examples, so systems stay paired without ever being joined. A second phase, one unit
+per system, computes `map`, which needs all scores of a tag together.
+
+Shape letters: N examples, D features, V tags, B replicates.
+"""
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hardmoe.arrays import load_arrays, save_arrays
+from hardmoe.config import Json
+from hardmoe.data.reading import Labels, labels_of
+from hardmoe.data.schemas import EMBEDDINGS, FEATURES
+from hardmoe.errors import DataError
+from hardmoe.evaluation.average_precision import AveragePrecisionScores, merged
+from hardmoe.evaluation.bootstrap import interval_result, null_result, paired_result
+from hardmoe.evaluation.config import EvaluationConfig
+from hardmoe.evaluation.metrics import METRICS, RankingSums, paired_difference
+from hardmoe.evaluation.scoring import build_scorer
+from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.storage import Storage
+from hardmoe.tables import ids_to_array, read_table, vectors_to_array
+from hardmoe.training.determinism import deterministic
+
+METRICS_FILE = "metrics.json"
+COMPARED = "mixture"
+"""Every other system's metrics are also given as a paired difference from this one's."""
+_BATCH = 1024
+
+
+class EvaluationWork:
+    """See the module."""
+
+    def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
+        """Sums per system and shard, then `map` per system."""
+        config = context.stage.section(EvaluationConfig, "evaluation")
+        systems = list(context.stage.config["systems"])
+        units = [
+            Unit(f"{system}-{index:05d}", {"system": system, "path": path})
+            for system in systems
+            for index, path in enumerate(context.input(f"{system}:embeddings").files("split=test/"))
+        ]
+        scored = yield Phase("score", units)
+        by_system: dict[str, list[Completion]] = {system: [] for system in systems}
+        for unit, done in zip(units, scored, strict=True):
+            by_system[unit.arguments["system"]].append(done)
+        sums = {system: _merged_sums(context.storage, done) for system, done in by_system.items()}
+        _check(sums)
+        map_units = [Unit(name, {"parts": [dict(d.scratch) for d in done]}) for name, done in by_system.items()]
+        averaged = yield Phase("map", map_units)
+        maps = {system: done.payload for system, done in zip(systems, averaged, strict=True)}
+        results = _results(config, sums, maps)
+        body = json.dumps(results, indent=1) + "\n"
+        return Finished({"num_test_examples": results["num_test_examples"]}, {METRICS_FILE: body.encode()})
+
+    def run(self, context: UnitContext) -> Json:
+        """One shard of one system, or one system's `map`."""
+        with deterministic(context.stage.resources.num_cpus, torch.device("cpu")):
+            return _score(context) if context.phase == "score" else _average_precision(context)
+
+
+def _score(context: UnitContext) -> Json:
+    config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
+    system = context.unit.arguments["system"]
+    described = context.stage.config["systems"][system]
+    ids_N16, features_ND, experts_N = _read(context, system, described["column"])
+    labels = labels_of(context.input("vocabulary"), ids_N16)
+    decoders = [context.input(f"{system}:decoder-{index:04d}") for index in range(described["decoders"])]
+    scorer = build_scorer(decoders, described["shared"])
+    sums: list[RankingSums] = []
+    kept: list[AveragePrecisionScores] = []
+    for start in range(0, len(ids_N16), _BATCH):
+        rows = slice(start, min(start + _BATCH, len(ids_N16)))
+        scores_NV = scorer(features_ND[rows], experts_N[rows])
+        some = _rows(labels, rows)
+        sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, seed))
+        kept.append(AveragePrecisionScores.from_scores(scores_NV, some, ids_N16[rows]))
+        context.progress(rows.stop, len(ids_N16))
+    total = sums[0]
+    for more in sums[1:]:
+        total = total + more
+    save_arrays(context.scratch("sums"), {"sums": total.sums_RC})
+    scores = merged(kept)
+    save_arrays(context.scratch("scores"), {"ids": scores.ids_N16, "keys": scores.keys_NV, "positives": scores.positives_M2})
+    facts = {"num_tags": total.num_tags, "num_unlabelled": total.num_unlabelled, "num_examples": scores.num_examples}
+    with context.scratch("facts") as out:
+        out.write(json.dumps(facts).encode())
+    return facts
+
+
+def _read(context: UnitContext, system: str, column: str) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
+    """Ids [N, 16], features float32 [N, D] and experts int64 [N] of one shard; one network counts as expert 0."""
+    artifact = context.input(f"{system}:embeddings")
+    schema = FEATURES if column == "feature" else EMBEDDINGS
+    table = read_table(artifact.storage, context.unit.arguments["path"], schema)
+    ids_N16 = ids_to_array(table.column("example_id"))
+    experts_N = np.zeros(len(ids_N16), np.int64) if column == "feature" else table.column("expert").to_numpy().astype(np.int64)
+    return ids_N16, vectors_to_array(table.column(column)).astype(np.float32), experts_N
+
+
+def _rows(labels: Labels, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    offsets = labels.offsets[rows.start : rows.stop + 1]
+    return labels.indices_L[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _average_precision(context: UnitContext) -> Json:
+    """The value in every row of the bootstrap, or the reason why there is none."""
+    config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
+    parts = []
+    for paths in context.unit.arguments["parts"]:
+        facts = json.loads(context.storage.read_bytes(paths["facts"]))
+        arrays = load_arrays(context.storage, paths["scores"])
+        part = AveragePrecisionScores(
+            arrays["ids"], arrays["keys"], arrays["positives"], facts["num_examples"], facts["num_tags"]
+        )
+        parts.append(part)
+    scores = merged(parts)
+    if scores.null_reason is not None:
+        return {"reason": scores.null_reason}
+    return {"values": scores.values(config.map_replicates, seed).tolist()}
+
+
+def _merged_sums(storage: Storage, completions: Sequence[Completion]) -> RankingSums:
+    parts = [
+        RankingSums(load_arrays(storage, done.scratch["sums"])["sums"], done.payload["num_tags"], done.payload["num_unlabelled"])
+        for done in completions
+    ]
+    if not parts:
+        raise DataError("there are no test examples; raise dataset.test_fraction or correct dataset.split_column")
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _check(sums: Mapping[str, RankingSums]) -> None:
+    """All systems must have been judged on the same examples, and on at least one."""
+    counts = {system: int(total.column("examples")[0]) for system, total in sums.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(f"the systems were evaluated on different numbers of test examples ({counts}); rebuild their embeddings")
+    if 0 in counts.values():
+        raise DataError("no test example has a tag of the vocabulary; lower hashtags.min_count or raise dataset.test_fraction")
+
+
+def _results(config: EvaluationConfig, sums: Mapping[str, RankingSums], maps: Mapping[str, Json]) -> dict[str, Json]:
+    systems = {system: {**total.finish(), "map": _map_result(maps[system])} for system, total in sums.items()}
+    differences = {}
+    for system in sums:
+        if system != COMPARED and COMPARED in sums:
+            rows = {metric: paired_difference(sums[COMPARED], sums[system], metric) for metric in METRICS}
+            differences[f"{COMPARED} - {system}"] = {**rows, "map": _map_difference(maps[COMPARED], maps[system])}
+    first = next(iter(sums.values()))
+    return {
+        "systems": systems,
+        "differences": differences,
+        "num_test_examples": int(first.column("examples")[0]),
+        "num_unlabelled": first.num_unlabelled,
+        "bootstrap_replicates": config.bootstrap_replicates,
+    }
+
+
+def _map_result(found: Json) -> dict[str, Json]:
+    return null_result(found["reason"]) if "reason" in found else interval_result(np.array(found["values"]), centred=True)
+
+
+def _map_difference(a: Json, b: Json) -> dict[str, Json]:
+    for found in (a, b):
+        if "reason" in found:
+            return null_result(found["reason"])
+    return paired_result(np.array(a["values"]), np.array(b["values"]), centred=True)

@@ -1,0 +1,35 @@
+"""The seam between the durable workflow and whatever runs units: four methods, nothing about stages or files."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from hardmoe.execution.task import UnitOutcome, UnitTask
+from hardmoe.stage import Resources
+
+
+class Backend(Protocol):
+    """Runs tasks somewhere. Keeps no state that matters: whatever it forgets is submitted again."""
+
+    def prepare(self, demands: Iterable[Resources]) -> None:
+        """Start, and refuse at once what can never run.
+
+        Raises:
+            BackendError: it cannot start, or a demand exceeds every machine there is; says what was asked and what is there.
+        """
+        ...
+
+    def slots(self, demand: Resources) -> int:
+        """How many units of this demand can run at a time; the runner keeps at most that many (and a few queued) in flight."""
+        ...
+
+    def submit(self, task: UnitTask) -> None:
+        """Hand a task over; returns at once or, for a backend without workers, when it has run."""
+        ...
+
+    def wait(self, timeout: float) -> list[UnitOutcome]:
+        """Outcomes that arrived since the last call; waits up to `timeout` seconds for the first."""
+        ...
+
+    def close(self) -> None:
+        """Stop what was started; running units are abandoned."""
+        ...

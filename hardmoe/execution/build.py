@@ -1,0 +1,148 @@
+"""One artifact being built, on the driver: its phases by replay, its pending units, its commit."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+
+from hardmoe.artifacts.fingerprint import digest
+from hardmoe.artifacts.lease import Lease
+from hardmoe.artifacts.provenance import describe, now
+from hardmoe.artifacts.record import PROVENANCE_NAME, RECORD_NAME, Record
+from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.errors import CorruptFileError
+from hardmoe.execution.task import BuildPaths, StoredCompletion, UnitTask, load_completion
+from hardmoe.execution.worker import StageContext
+from hardmoe.stage import Completion, FileEntry, Finished, Phase, Stage, load_work
+from hardmoe.storage import Storage, join
+
+_PROVENANCE_UNITS = 2000
+_KEPT_DIRECTORIES = ("_progress/", "checkpoints/")
+
+
+class _Driver(StageContext):
+    """The run as the driver's part of a stage sees it."""
+
+    def __init__(self, stage: Stage, storage: Storage, paths: BuildPaths) -> None:
+        super().__init__(stage, storage)
+        self._paths = paths
+
+    def share(self, name: str, data: bytes) -> str:
+        """Write something for the units to read. Replay writes the same bytes again, so only the first time counts."""
+        path = join(self._paths.top, "shared", name)
+        self.storage.create(path, data)
+        return path
+
+
+class Build:
+    """Drives one stage's generator. Needs the artifact's lease for as long as it lives."""
+
+    def __init__(
+        self, store: ArtifactStore, stage: Stage, fingerprint: str, inputs: Mapping[str, Artifact], lease: Lease
+    ) -> None:
+        self.stage = stage
+        self.lease = lease
+        self._store = store
+        self._storage = store.storage
+        self._fingerprint = fingerprint
+        self._references = {role: artifact.reference() for role, artifact in inputs.items()}
+        records = {role: reference.record for role, reference in self._references.items()}
+        self.paths = BuildPaths(stage.name, digest({"fingerprint": fingerprint, "inputs": records})[:16])
+        self._generator = load_work(stage).phases(_Driver(stage, self._storage, self.paths))
+        self._started = (now(), time.monotonic())
+        self.phase: Phase | None = None
+        self.phases_done = 0
+        self.finished: Finished | None = None
+        self._completions: dict[str, Completion] = {}
+
+    def start(self) -> list[UnitTask]:
+        """Run the stage's code up to the first phase with something left to do; returns its tasks."""
+        return self._advance()
+
+    def complete(self, completion: Completion) -> list[UnitTask]:
+        """Take one completion in; returns the next phase's tasks when it was the last of this one."""
+        self._completions[completion.unit] = completion
+        assert self.phase is not None
+        return self._advance() if len(self._completions) == len(self.phase.units) else []
+
+    @property
+    def units_done(self) -> int:
+        """Units of the present phase that are complete."""
+        return len(self._completions)
+
+    def commit(self) -> Artifact:
+        """Move every file to its final name, write provenance and record, and sweep what is left of the build."""
+        assert self.finished is not None
+        self.lease.check()
+        stored = [
+            load_completion(self._storage, join(self.paths.done(""), name)) for name in self._storage.list(self.paths.done(""))
+        ]
+        files = [entry for item in stored for entry in self._publish(item)]
+        for path, data in self.finished.files.items():
+            self._storage.write_bytes(join(self.stage.name, path), data)
+            files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+        if len({entry.path for entry in files}) != len(files):
+            raise ValueError(f"{self.stage.name}: two units wrote a file of the same name")
+        self._sweep_unvouched({entry.path for entry in files})
+        record = Record(
+            kind=self.stage.kind,
+            version=self.stage.version,
+            fingerprint=self._fingerprint,
+            config=self.stage.config,
+            inputs=self._references,
+            files=files,
+            payload=self.finished.payload,
+        )
+        artifact = self._store.commit(self.stage.name, record, self._provenance(stored))
+        self._storage.delete_tree(self.paths.top)
+        return artifact
+
+    def _advance(self) -> list[UnitTask]:
+        """Send completions into the generator until a phase has units left, or it returns."""
+        try:
+            while True:
+                if self.phase is None:
+                    phase = next(self._generator)
+                else:
+                    phase = self._generator.send([self._completions[unit.name] for unit in self.phase.units])
+                    self.phases_done += 1
+                self.phase = phase
+                self._completions = self._known(phase)
+                missing = [unit for unit in phase.units if unit.name not in self._completions]
+                if missing:
+                    return [UnitTask(self._storage.uri, self.stage, self.paths.build, phase.name, unit) for unit in missing]
+        except StopIteration as stop:
+            assert isinstance(stop.value, Finished), f"{self.stage.work} must return Finished"
+            self.finished = stop.value
+            return []
+
+    def _known(self, phase: Phase) -> dict[str, Completion]:
+        """Completions of the phase that lie in the root already."""
+        wanted = {unit.name for unit in phase.units}
+        if len(wanted) != len(phase.units):
+            raise ValueError(f"{self.stage.name}: phase {phase.name} has two units of the same name")
+        names = {name.removesuffix(".json") for name in self._storage.list(self.paths.done(phase.name))} & wanted
+        return {name: load_completion(self._storage, self.paths.done(phase.name, name)).completion for name in names}
+
+    def _publish(self, stored: StoredCompletion) -> list[FileEntry]:
+        for entry in stored.completion.files:
+            staged, final = stored.staged[entry.path], join(self.stage.name, entry.path)
+            if self._storage.exists(staged):
+                self._storage.move(staged, final)
+            elif not self._storage.exists(final) or self._storage.size(final) != entry.size:
+                raise CorruptFileError(
+                    f"{self._storage.uri}/{staged} has vanished although its unit was complete; "
+                    f"delete {self._storage.uri}/{self.paths.top} and run again"
+                )
+        return list(stored.completion.files)
+
+    def _sweep_unvouched(self, vouched: set[str]) -> None:
+        """Delete what an abandoned build of another recipe left in the artifact's directory, so that globs find only ours."""
+        for path in self._storage.list(self.stage.name):
+            kept = path in vouched or path in (RECORD_NAME, PROVENANCE_NAME) or path.startswith(_KEPT_DIRECTORIES)
+            if not kept:
+                self._storage.delete_tree(join(self.stage.name, path))
+
+    def _provenance(self, stored: list[StoredCompletion]) -> bytes:
+        units = [{"unit": item.completion.unit, "seconds": item.seconds, "host": item.host} for item in stored]
+        started, clock = self._started
+        return describe(started, time.monotonic() - clock, units[:_PROVENANCE_UNITS], num_units=len(units))

@@ -1,0 +1,1 @@
+"""The Ray backend: the only place of this package where ray is imported."""

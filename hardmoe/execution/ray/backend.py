@@ -1,0 +1,130 @@
+"""Units as Ray tasks, on a Ray of our own on this machine or on a cluster.
+
+Ray distributes and nothing more: no objects travel but tasks and outcomes of a few kilobytes, Ray's own retries are off, and
+what must survive is in the root. A worker or node that dies gives an infrastructure outcome, which the runner may retry.
+Rejected: Ray Train for experts of one GPU (its controller, placement group and state calls cost more than a minute for each)
+and Ray Workflows (removed from Ray after 2.47).
+"""
+
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hardmoe.errors import BackendError
+from hardmoe.execution.task import UnitOutcome, UnitTask
+from hardmoe.execution.worker import execute_unit
+from hardmoe.stage import Resources
+
+_OBJECT_STORE_BYTES = 128 * 2**20
+_QUEUED_PER_SLOT = 1
+
+
+class RayBackend:
+    """See the module. `address` is `local` for a Ray of our own, or the address of a running cluster."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._running: dict[Any, UnitTask] = {}
+        self._nodes: list[dict[str, float]] = []
+        self._temporary: Path | None = None
+
+    def prepare(self, demands: Iterable[Resources]) -> None:
+        """Start or join Ray, then hold every demand against every node."""
+        demands = list(demands)
+        if not self._nodes:
+            self._start(max((demand.num_cpus for demand in demands), default=1))
+        for demand in demands:
+            if self.slots(demand) == 0:
+                there = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes) or "no node"
+                raise BackendError(
+                    f"a unit asks for {demand.num_cpus} CPUs and {demand.num_gpus or 0:g} GPUs, which no node of the Ray cluster "
+                    f"'{self._address}' has ({there}); lower num_threads or gpus in the recipe, or add a larger node"
+                )
+
+    def slots(self, demand: Resources) -> int:
+        """Units of this demand that fit on the nodes, all told."""
+        gpus = self._gpus(demand)
+        total = 0
+        for node in self._nodes:
+            by_cpu = node.get("CPU", 0.0) // demand.num_cpus
+            by_gpu = node.get("GPU", 0.0) / gpus if gpus else math.inf
+            total += int(min(by_cpu, by_gpu))
+        return total
+
+    def submit(self, task: UnitTask) -> None:
+        """Queue the task as a Ray task of its own."""
+        import ray
+
+        gpus = self._gpus(task.stage.resources)
+        options = {"num_cpus": task.stage.resources.num_cpus, "num_gpus": gpus, "max_retries": 0, "name": task.label}
+        remote: Any = ray.remote(execute_unit).options(**options)
+        self._running[remote.remote(replace(task, use_gpu=gpus > 0))] = task
+
+    def wait(self, timeout: float) -> list[UnitOutcome]:
+        """Outcomes that arrived, with a dead worker's told apart from a failed unit's."""
+        import ray
+
+        if not self._running:
+            return []
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
+        if ready:
+            more, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            ready = more
+        return [self._outcome(reference) for reference in ready]
+
+    def close(self) -> None:
+        """Leave the cluster, or stop our own Ray and remove its files."""
+        import ray
+
+        self._running.clear()
+        self._nodes = []
+        ray.shutdown()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+    def _outcome(self, reference: Any) -> UnitOutcome:
+        import ray
+
+        task = self._running.pop(reference)
+        try:
+            outcome: UnitOutcome = ray.get(reference)
+            return outcome
+        except ray.exceptions.RayTaskError as error:
+            return UnitOutcome(task, error=f"{type(error).__name__}: {str(error).splitlines()[-1]}")
+        except ray.exceptions.RayError as error:
+            return UnitOutcome(task, infrastructure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+    def _gpus(self, demand: Resources) -> float:
+        if demand.num_gpus is not None:
+            return demand.num_gpus
+        return 1.0 if any(node.get("GPU", 0.0) >= 1 for node in self._nodes) else 0.0
+
+    def _start(self, least_cpus: int) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Keep CUDA visible as it is for CPU-only units: Ray otherwise warns of a coming change of its default at every start.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._address == "local":
+            # A short path: Ray's Unix sockets below it must stay under the 107 bytes that the kernel allows.
+            self._temporary = Path(tempfile.mkdtemp(prefix="hardmoe-ray-"))
+            options |= {
+                "num_cpus": max(os.cpu_count() or 1, least_cpus),
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_temp_dir": str(self._temporary),
+            }
+        try:
+            ray.init(address=self._address, **options)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BackendError(f"cannot start or reach Ray at '{self._address}': {reason}; check execution.address") from error
+        self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

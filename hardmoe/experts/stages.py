@@ -1,0 +1,47 @@
+"""Declarations of the expert, dense baseline and embedding stages."""
+
+from collections.abc import Mapping
+
+from hardmoe.experts.config import ExpertsConfig
+from hardmoe.stage import Resources, Stage
+
+
+def expert_name(expert: int) -> str:
+    """`expert-0007`."""
+    return f"expert-{expert:04d}"
+
+
+def expert_stage(config: ExpertsConfig, expert: int, seed: int, partition: str = "partition", place: str = "experts") -> Stage:
+    """One expert: a network trained on one part of a partition."""
+    return _network_stage(f"{place}/{expert_name(expert)}", config, seed, expert, partition)
+
+
+def dense_stage(config: ExpertsConfig, seed: int) -> Stage:
+    """The dense baseline: the same training on all examples; seeded like the expert of a mixture of one."""
+    return _network_stage("baselines/dense", config, seed, None, "dataset")
+
+
+def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | None, examples: str) -> Stage:
+    return Stage(
+        name=name,
+        kind="expert",
+        version=1,
+        config={"experts": config.identity(), "expert": expert, "seed": seed},
+        operational={"experts": config.operational_values()},
+        inputs={"examples": examples, "vocabulary": "vocabulary", "trunk": "trunk"},
+        work="hardmoe.experts.train:ExpertWork",
+        resources=Resources(config.num_threads, None if config.gpus == "auto" else config.gpus),
+    )
+
+
+def embeddings_stage(name: str, examples: str, networks: Mapping[int, str], partitioned: bool) -> Stage:
+    """What every example's own expert says of it. Not partitioned: one network for all examples."""
+    return Stage(
+        name=name,
+        kind="embeddings",
+        version=1,
+        config={"experts": len(networks), "partitioned": partitioned},
+        inputs={"examples": examples, **{expert_name(expert): network for expert, network in networks.items()}},
+        work="hardmoe.experts.embed:EmbeddingsWork",
+        resources=Resources(num_cpus=1, num_gpus=None),
+    )

@@ -1,0 +1,51 @@
+"""The training of one expert, or of the dense baseline: one stage, one unit, one network."""
+
+from collections.abc import Generator
+
+from hardmoe.config import Json
+from hardmoe.data.reading import num_tags
+from hardmoe.errors import RecipeError
+from hardmoe.experts.config import ExpertsConfig
+from hardmoe.hashing import derive_seed
+from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.training.network import Architecture, NetworkJob, architecture_of, load_weights, train_network
+
+
+class ExpertWork:
+    """See the module."""
+
+    def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
+        """A single unit, named like the artifact, as costly as its part is large."""
+        expert = context.stage.config["expert"]
+        sizes = context.input("examples").payload["sizes"]["train"]
+        unit = Unit(context.stage.name.rpartition("/")[2], cost=sizes if expert is None else sizes[expert])
+        (done,) = yield Phase("train", [unit])
+        return Finished(done.payload)
+
+    def run(self, context: UnitContext) -> Json:
+        """Train on the part, starting where the recipe says."""
+        config = context.stage.section(ExpertsConfig, "experts")
+        trunk, vocabulary = context.input("trunk"), context.input("vocabulary")
+        architecture = _architecture(config, architecture_of(trunk), num_tags(vocabulary))
+        if config.init == "trunk" and architecture != architecture_of(trunk):
+            raise RecipeError(
+                f"experts.init is 'trunk', but experts.backbone '{config.backbone}' is another network than the trunk's "
+                f"'{architecture_of(trunk).backbone}'; use the same one, or experts.init: random"
+            )
+        job = NetworkJob(
+            architecture=architecture,
+            examples=context.input("examples"),
+            expert=context.stage.config["expert"],
+            vocabulary=vocabulary,
+            config=config,
+            # The dense baseline is seeded like expert 0, so that a mixture of one is the dense baseline to the bit.
+            seed=derive_seed(context.stage.config["seed"], "expert", context.stage.config["expert"] or 0),
+            start=load_weights(trunk) if config.init == "trunk" else None,
+        )
+        return train_network(context, job, "expert.json")
+
+
+def _architecture(config: ExpertsConfig, trunk: Architecture, tags: int) -> Architecture:
+    if config.backbone is None:
+        return Architecture(trunk.backbone, trunk.stem, trunk.image_size, tags)
+    return Architecture(config.backbone, config.stem, trunk.image_size, tags)

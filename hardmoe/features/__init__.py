@@ -1,0 +1,1 @@
+"""Features: what the trunk says of every image."""

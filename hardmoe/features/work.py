@@ -1,0 +1,46 @@
+"""The features stage: one unit per dataset shard, decode beside the device, no pixels anywhere else."""
+
+from collections.abc import Generator
+
+import pyarrow as pa
+
+from hardmoe.config import Json
+from hardmoe.data.schemas import SPLITS
+from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.tables import ID_TYPE, build_table, ids_from_array, vector_type, vectors_from_array, write_table
+from hardmoe.training.extract import extract_shard
+from hardmoe.training.network import architecture_of, load_network, unit_device
+
+
+class FeaturesWork:
+    """See the module."""
+
+    def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
+        """Every shard of every split, once."""
+        dataset = context.input("dataset")
+        prefix = dataset.path("")
+        units = []
+        for split in SPLITS:
+            for path in dataset.files(f"split={split}/"):
+                relative = path.removeprefix(prefix).lstrip("/")
+                units.append(
+                    Unit(f"{split}-{relative.rpartition('/')[2].removesuffix('.parquet')}", {"path": relative, "split": split})
+                )
+        done = yield Phase("extract", units)
+        rows = {
+            split: sum(d.payload["rows"] for d, u in zip(done, units, strict=True) if u.arguments["split"] == split)
+            for split in SPLITS
+        }
+        return Finished({"rows": rows, "dim": context.input("trunk").payload["num_features"]})
+
+    def run(self, context: UnitContext) -> Json:
+        """One shard."""
+        trunk, dataset = context.input("trunk"), context.input("dataset")
+        device, relative = unit_device(context), context.unit.arguments["path"]
+        model = load_network(trunk)
+        size = architecture_of(trunk).image_size
+        ids_N16, features_ND = extract_shard(context, model.backbone, size, dataset, dataset.path(relative), device)
+        schema = pa.schema([("example_id", ID_TYPE), ("feature", vector_type(features_ND.shape[1]))])
+        columns = {"example_id": ids_from_array(ids_N16), "feature": vectors_from_array(features_ND)}
+        write_table(context.output(relative), build_table(schema, columns))
+        return {"rows": len(ids_N16)}

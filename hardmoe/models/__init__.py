@@ -1,0 +1,1 @@
+"""Networks: the registry of backbones and the classifier that the trunk, the experts and the dense baseline all are."""

@@ -1,0 +1,1 @@
+"""Nearest neighbours: engines that search, and the assignment that makes their answers exact."""

@@ -1,0 +1,120 @@
+"""The router stage: k-means over all training features, pass by pass, every pass a set of units with durable sums.
+
+The driver's part is `kmeans.refine` with the passes yielded as phases, so a killed fit is replayed from the sums of the
+passes that finished and costs at most the unfinished shards of one. Rejected: one unit for the whole fit, which uses one
+worker and loses everything, and a checkpoint of the centroids alone, which hides which rows they came from.
+
+Shape letters: N examples, D feature dim, S examples of the sample, K clusters.
+"""
+
+import io
+from collections.abc import Generator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardmoe.arrays import load_arrays, save_arrays
+from hardmoe.config import Json
+from hardmoe.data.schemas import FEATURES
+from hardmoe.errors import DataError
+from hardmoe.hashing import hash_fractions
+from hardmoe.neighbours.engine import choose_engine
+from hardmoe.partitioning.config import PartitionConfig
+from hardmoe.partitioning.kmeans import KMeansFit, PassSums, refine, scan_batch, seed_centroids
+from hardmoe.partitioning.router import FeatureTransform, Router
+from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.tables import ids_to_array, iterate_table, vectors_to_array
+
+_BATCH_ROWS = 65_536
+
+
+class RouterWork:
+    """See the module."""
+
+    def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
+        """Draw the sample, choose the seeds, refine until converged."""
+        config = context.stage.section(PartitionConfig, "partition")
+        features = context.input("features")
+        paths = features.files("split=train/")
+        num_examples: int = features.payload["rows"]["train"]
+        if num_examples < config.experts:
+            raise DataError(
+                f"partition.experts is {config.experts} but there are only {num_examples} training examples; "
+                f"ask for {num_examples} experts at most, or add data"
+            )
+        fraction = min(1.0, config.sample_size / num_examples)
+        sampled = yield Phase("sample", [Unit(f"{i:05d}", {"path": p, "fraction": fraction}) for i, p in enumerate(paths)])
+        samples = [load_arrays(context.storage, done.scratch["sample"]) for done in sampled]
+        sample_SD = np.concatenate([sample["features"] for sample in samples])
+        ids_S16 = np.concatenate([sample["ids"] for sample in samples])
+        start_KD = seed_centroids(sample_SD, ids_S16, config.experts, context.stage.config["seed"])
+        fit = yield from self._passes(context, paths, start_KD, config)
+        router = Router(FeatureTransform(config.transform), fit.centroids_KD)
+        payload = {
+            "experts": config.experts,
+            "dim": router.dim,
+            "objective": fit.objective_per_pass,
+            "converged": fit.converged,
+            "reseeded": [{"pass": number, "expert": expert} for number, expert in fit.reseeded],
+            "sample": len(sample_SD),
+        }
+        return Finished(payload, router.to_files())
+
+    def _passes(
+        self, context: DriverContext, paths: list[str], start_KD: NDArray[np.float32], config: PartitionConfig
+    ) -> Generator[Phase, list[Completion], KMeansFit]:
+        """Drive `refine`: each pass that it asks for becomes a phase, and the phase's sums are its answer."""
+        refining = refine(start_KD, config.max_passes, config.tolerance)
+        try:
+            number, centroids_KD = next(refining)
+            while True:
+                shared = context.share(f"centroids-{number:04d}.npy", _to_npy(centroids_KD))
+                units = [Unit(f"{i:05d}", {"path": path, "centroids": shared}) for i, path in enumerate(paths)]
+                done = yield Phase(f"pass-{number:04d}", units)
+                total = PassSums.zero(*centroids_KD.shape)
+                for completion in done:
+                    total += PassSums.from_arrays(load_arrays(context.storage, completion.scratch["sums"]))
+                number, centroids_KD = refining.send(total)
+        except StopIteration as stop:
+            fit: KMeansFit = stop.value
+            return fit
+
+    def run(self, context: UnitContext) -> Json:
+        """A shard's share of the sample, or of a pass."""
+        config = context.stage.section(PartitionConfig, "partition")
+        features, path = context.input("features"), context.unit.arguments["path"]
+        transform = FeatureTransform(config.transform)
+        if context.phase == "sample":
+            return _sample(context, features, path, transform)
+        centroids_KD = np.load(io.BytesIO(context.storage.read_bytes(context.unit.arguments["centroids"])), allow_pickle=False)
+        engine = choose_engine()
+        total = PassSums.zero(*centroids_KD.shape)
+        for ids_N16, features_ND in read_features(features, path):
+            total += scan_batch(transform(features_ND), ids_N16, centroids_KD, engine)
+        save_arrays(context.scratch("sums"), total.to_arrays())
+        return {"rows": total.sums.num_rows}
+
+
+def read_features(features: InputArtifact, path: str) -> Generator[tuple[NDArray[np.uint8], NDArray[np.float32]], None, None]:
+    """Ids uint8 [N, 16] and features float32 [N, D] of a shard, in pieces that fit in memory."""
+    for table in iterate_table(features.storage, path, FEATURES, rows=_BATCH_ROWS):
+        vectors_ND = vectors_to_array(table.column("feature"))
+        yield ids_to_array(table.column("example_id")), vectors_ND.astype(np.float32)
+
+
+def _sample(context: UnitContext, features: InputArtifact, path: str, transform: FeatureTransform) -> Json:
+    """The rows whose hash falls under the sample's share: the same rows however they are sharded."""
+    seed, fraction = context.stage.config["seed"], context.unit.arguments["fraction"]
+    ids, kept = [], []
+    for ids_N16, features_ND in read_features(features, path):
+        chosen_N = hash_fractions(ids_N16, seed, "router-sample") < fraction
+        ids.append(ids_N16[chosen_N])
+        kept.append(transform(features_ND[chosen_N]))
+    save_arrays(context.scratch("sample"), {"ids": np.concatenate(ids), "features": np.concatenate(kept)})
+    return {"rows": sum(map(len, ids))}
+
+
+def _to_npy(array: NDArray[np.float32]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

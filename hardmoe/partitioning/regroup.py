@@ -1,0 +1,188 @@
+"""The partition stage: every example to its part, and every part to files of its own.
+
+Two durable steps. `assign` routes one feature shard, writes its assignments and one file of the shard's examples sorted by
+expert, a row group each. `merge` reads one part's row groups from all these files, so that an expert later streams only its
+own shards. That every example arrives, exactly once, is checked by count and by an order-free checksum of the ids. Rejected:
+one small file per (shard, expert), which is thousands of files where there are many of both, and leaving the examples where
+they are, which makes every expert read everything.
+
+Shape letters: N examples, K experts.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hardmoe.config import Json
+from hardmoe.data.schemas import ASSIGNMENTS, EXAMPLES, PART, SPLITS
+from hardmoe.errors import CorruptFileError
+from hardmoe.hashing import hash_ids
+from hardmoe.neighbours.assignment import Assignment, sum_of_squares
+from hardmoe.partitioning.fit import read_features
+from hardmoe.partitioning.router import CENTROIDS_FILE, DESCRIPTION_FILE, TRANSFORM_FILE, Router
+from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.tables import build_table, ids_from_array, ids_to_array, read_table, write_table
+
+SHARD_BYTES = 128 * 2**20
+"""A part's shards are cut at about this size."""
+
+
+class PartitionWork:
+    """See the module."""
+
+    def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
+        """Assign every shard, then merge every part."""
+        experts: int = context.stage.config["partition"]["experts"]
+        features = context.input("features")
+        shards = [(split, path) for split in SPLITS for path in features.files(f"split={split}/")]
+        prefix = features.path("")
+        units = [
+            Unit(f"{i:05d}", {"path": path.removeprefix(prefix).lstrip("/"), "split": split, "index": i, "of": len(shards)})
+            for i, (split, path) in enumerate(shards)
+        ]
+        assigned = yield Phase("assign", units)
+        merges = [_merge_unit(split, expert, units, assigned) for split in SPLITS for expert in range(experts)]
+        merged = yield Phase("merge", [unit for unit in merges if unit.arguments["rows"]])
+        _check_complete(assigned, merged)
+        return Finished(_summary(experts, units, assigned))
+
+    def run(self, context: UnitContext) -> Json:
+        """One feature shard, or one part of one split."""
+        return _assign(context) if context.phase == "assign" else _merge(context)
+
+
+def load_router(router: InputArtifact) -> Router:
+    """The fitted router."""
+    names = (CENTROIDS_FILE, TRANSFORM_FILE, DESCRIPTION_FILE)
+    return Router.from_files({name: router.storage.read_bytes(router.path(name)) for name in names})
+
+
+def _merge_unit(split: str, expert: int, units: Sequence[Unit], assigned: Sequence[Completion]) -> Unit:
+    """What to merge for one part: the row group of every regrouped file that holds rows of it."""
+    sources = []
+    rows = 0
+    for unit, done in zip(units, assigned, strict=True):
+        if unit.arguments["split"] == split and (count := done.payload["counts"][expert]):
+            group = sum(1 for other in done.payload["counts"][:expert] if other)
+            sources.append({"path": done.scratch["regrouped"], "group": group})
+            rows += count
+    return Unit(f"{split}-{expert:04d}", {"split": split, "expert": expert, "sources": sources, "rows": rows}, cost=rows)
+
+
+def _summary(experts: int, units: Sequence[Unit], assigned: Sequence[Completion]) -> Json:
+    sizes = {split: [0] * experts for split in SPLITS}
+    distances = [0] * experts
+    for unit, done in zip(units, assigned, strict=True):
+        for expert in range(experts):
+            sizes[unit.arguments["split"]][expert] += done.payload["counts"][expert]
+            if unit.arguments["split"] == "train":
+                distances[expert] += done.payload["distance_units"][expert]
+    means = [units / _DISTANCE_UNIT / count if count else None for units, count in zip(distances, sizes["train"], strict=True)]
+    return {"experts": experts, "sizes": sizes, "mean_distance": means}
+
+
+def _check_complete(assigned: Sequence[Completion], merged: Sequence[Completion]) -> None:
+    """Every example that was assigned must be in exactly one part."""
+    for name in ("rows", "checksum"):
+        before = sum(done.payload[name] for done in assigned) % _WORD
+        after = sum(done.payload[name] for done in merged) % _WORD
+        if before != after:
+            raise CorruptFileError(
+                f"the partition lost or doubled examples ({name}: {before} assigned, {after} merged); run again"
+            )
+
+
+_WORD = 1 << 64
+_DISTANCE_UNIT = 1 << 20
+
+
+def _checksum(ids_N16: NDArray[np.uint8]) -> int:
+    """A sum over the ids that does not depend on their order."""
+    return int(hash_ids(ids_N16, 0, "checksum").sum(dtype=np.uint64))
+
+
+def _assign(context: UnitContext) -> Json:
+    arguments = context.unit.arguments
+    dataset, features = context.input("dataset"), context.input("features")
+    pieces = list(read_features(features, features.path(arguments["path"])))
+    ids_N16 = np.concatenate([ids for ids, _ in pieces])
+    assignment, second_distance_N = _route(context, ids_N16, pieces)
+    distance_N = np.sqrt(assignment.squared_distance_N).astype(np.float32)
+    columns = {
+        "example_id": ids_from_array(ids_N16),
+        "split": pa.array([arguments["split"]] * len(ids_N16)),
+        "expert": assignment.primary_N.astype(np.int32),
+        "distance": distance_N,
+        "second": assignment.second_N.astype(np.int32),
+        "second_distance": second_distance_N,
+        "primary": np.ones(len(ids_N16), bool),
+    }
+    name = f"assignments/part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
+    write_table(context.output(name), build_table(ASSIGNMENTS, columns))
+    rows = read_table(dataset.storage, dataset.path(arguments["path"]), EXAMPLES)
+    if not np.array_equal(ids_to_array(rows.column("example_id")), ids_N16):
+        raise CorruptFileError(
+            f"the features of {arguments['path']} are of other examples than the dataset's; rebuild the features"
+        )
+    experts: int = context.stage.config["partition"]["experts"]
+    counts = np.bincount(assignment.primary_N, minlength=experts)
+    _write_regrouped(context, rows.append_column("distance", pa.array(distance_N)), assignment.primary_N)
+    fixed_N = np.rint(distance_N.astype(np.float64) * _DISTANCE_UNIT).astype(np.int64)
+    totals = [int(fixed_N[assignment.primary_N == expert].sum()) for expert in range(experts)]
+    return {"rows": len(ids_N16), "counts": counts.tolist(), "distance_units": totals, "checksum": _checksum(ids_N16)}
+
+
+def _route(
+    context: UnitContext, ids_N16: NDArray[np.uint8], pieces: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32]]]
+) -> tuple[Assignment, NDArray[np.float32]]:
+    """The assignment of a shard, and every example's distance to its second nearest centroid, float32 [N]."""
+    settings = context.stage.config["partition"]
+    if settings["method"] == "random":
+        hashed_N = hash_ids(ids_N16, context.stage.config["seed"], "random-partition")
+        primary_N = (hashed_N % np.uint64(settings["experts"])).astype(np.int32)
+        nowhere_N = np.full(len(ids_N16), np.nan, np.float32)
+        return Assignment(primary_N, np.full(len(ids_N16), -1, np.int32), np.zeros(len(ids_N16))), nowhere_N
+    router = load_router(context.input("router"))
+    found = [router.route(features_ND) for _, features_ND in pieces]
+    assignment = Assignment(
+        np.concatenate([a.primary_N for a in found]),
+        np.concatenate([a.second_N for a in found]),
+        np.concatenate([a.squared_distance_N for a in found]),
+    )
+    features_ND = np.concatenate([features for _, features in pieces])
+    return assignment, _distances_to(router, features_ND, assignment.second_N)
+
+
+def _distances_to(router: Router, features_ND: NDArray[np.float32], experts_N: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Distance of every feature to one expert's centroid each, float32 [N]; NaN for expert -1."""
+    if router.num_experts == 1:
+        return np.full(len(features_ND), np.nan, np.float32)
+    differences_ND = router.transform(features_ND).astype(np.float64) - router.centroids_KD[experts_N]
+    return np.sqrt(sum_of_squares(differences_ND)).astype(np.float32)
+
+
+def _write_regrouped(context: UnitContext, rows: Any, primary_N: NDArray[np.int32]) -> None:
+    """The shard's examples sorted by expert, one row group per expert that has any."""
+    with context.scratch("regrouped") as out, pq.ParquetWriter(out, PART, compression="zstd") as writer:
+        for expert in np.unique(primary_N):
+            chosen = rows.take(pa.array(np.flatnonzero(primary_N == expert))).cast(PART)
+            writer.write_table(chosen, row_group_size=max(1, chosen.num_rows))
+
+
+def _merge(context: UnitContext) -> Json:
+    arguments = context.unit.arguments
+    tables = []
+    for source in arguments["sources"]:
+        with context.storage.open_input(source["path"]) as file:
+            tables.append(pq.ParquetFile(file).read_row_group(source["group"]))
+    table = pa.concat_tables(tables).sort_by("example_id")
+    count = max(1, -(-table.nbytes // SHARD_BYTES))
+    prefix = f"split={arguments['split']}/expert={arguments['expert']:04d}"
+    for index in range(count):
+        low, high = index * table.num_rows // count, (index + 1) * table.num_rows // count
+        write_table(context.output(f"{prefix}/part-{index:05d}-of-{count:05d}.parquet"), table.slice(low, high - low))
+    return {"rows": table.num_rows, "checksum": _checksum(ids_to_array(table.column("example_id")))}

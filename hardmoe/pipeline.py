@@ -1,0 +1,142 @@
+"""The stages of a recipe, inputs first: the one place that knows how the stage families meet.
+
+Pure data in, pure data out; nothing heavy is imported, and only `identify_inputs` reads anything. The controls (dense
+baseline, its refitted decoder, the random partition) are the same stages over other inputs, so a control can never get less
+care than what it controls. Rejected: a graph declared in the recipe, which no user wants to write.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hardmoe.artifacts.store import ArtifactStore
+from hardmoe.data.inventory import take_inventory
+from hardmoe.data.sources.registry import open_source
+from hardmoe.data.stages import dataset_stage, vocabulary_stage
+from hardmoe.decoder.stage import decoder_stage
+from hardmoe.errors import DataError
+from hardmoe.evaluation.stage import System, evaluation_stage
+from hardmoe.experts.stages import dense_stage, embeddings_stage, expert_name, expert_stage
+from hardmoe.features.stage import features_stage
+from hardmoe.partitioning.config import PartitionConfig
+from hardmoe.partitioning.stages import partition_stage, router_stage
+from hardmoe.recipe import Recipe
+from hardmoe.report.stage import report_stage
+from hardmoe.stage import Stage
+from hardmoe.trunk.stage import trunk_stage
+
+DENSE = "baselines/dense"
+DENSE_EMBEDDINGS = "baselines/dense_embeddings"
+DENSE_REFIT = "baselines/dense_refit"
+RANDOM = "baselines/random"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Names of the artifacts of one mixture: the recipe's, or the random control's."""
+
+    partition: str
+    experts: tuple[str, ...]
+    embeddings: str
+    decoder: str
+
+
+@dataclass(frozen=True)
+class ExternalInputs:
+    """Identities of what lies outside the root."""
+
+    source_sha256: str
+    aliases_sha256: str | None
+
+
+def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
+    """Digest what lies outside the root, from the cache where nothing changed.
+
+    Raises:
+        DataError: the source cannot be listed, or the alias file cannot be read.
+    """
+    return ExternalInputs(_source_digest(recipe, store), _file_digest(recipe.hashtags.aliases))
+
+
+def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
+    """All stages that the recipe asks for, every stage after its inputs."""
+    stages = [
+        dataset_stage(recipe.dataset, external.source_sha256),
+        vocabulary_stage(recipe.hashtags, external.aliases_sha256),
+        trunk_stage(recipe.trunk, recipe.seed),
+        features_stage(),
+    ]
+    if recipe.partition.method == "kmeans":
+        stages.append(router_stage(recipe.partition, recipe.seed))
+    stages.append(partition_stage(recipe.partition, recipe.seed))
+    mixture = _mixture(recipe, stages, "partition", "experts", "embeddings", "decoder")
+    systems = {"trunk": System("features", "feature", ("trunk",), shared=False)}
+    if recipe.evaluation.dense_baseline:
+        systems |= _dense(recipe, stages)
+    systems["experts_own_decoder"] = System(mixture.embeddings, "embedding", mixture.experts, shared=False)
+    systems["mixture"] = System(mixture.embeddings, "embedding", (mixture.decoder,), shared=True)
+    if recipe.evaluation.random_partition:
+        random = _random(recipe, stages)
+        systems["random_partition"] = System(random.embeddings, "embedding", (random.decoder,), shared=True)
+    stages.append(evaluation_stage(recipe.evaluation, systems, recipe.seed))
+    stages.append(report_stage(recipe.what(), stages))
+    return stages
+
+
+def select(stages: Sequence[Stage], targets: Sequence[str]) -> list[Stage]:
+    """The target stages and everything that they stand on, in the same order."""
+    wanted = set(targets)
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted |= set(stage.inputs.values())
+    return [stage for stage in stages if stage.name in wanted]
+
+
+def _mixture(recipe: Recipe, stages: list[Stage], partition: str, place: str, embeddings: str, decoder: str) -> Mixture:
+    """Add experts, embeddings and decoder over a partition."""
+    count = recipe.partition.experts
+    names = tuple(f"{place}/{expert_name(expert)}" for expert in range(count))
+    stages += [expert_stage(recipe.experts, expert, recipe.seed, partition, place) for expert in range(count)]
+    stages.append(embeddings_stage(embeddings, partition, dict(enumerate(names)), partitioned=True))
+    stages.append(decoder_stage(recipe.decoder, count, recipe.seed, decoder, embeddings))
+    return Mixture(partition, names, embeddings, decoder)
+
+
+def _dense(recipe: Recipe, stages: list[Stage]) -> dict[str, System]:
+    """Add the dense baseline, its embeddings and its refitted decoder."""
+    stages.append(dense_stage(recipe.experts, recipe.seed))
+    stages.append(embeddings_stage(DENSE_EMBEDDINGS, "dataset", {0: DENSE}, partitioned=False))
+    stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
+    return {
+        "dense": System(DENSE_EMBEDDINGS, "embedding", (DENSE,), shared=False),
+        "dense_refit": System(DENSE_EMBEDDINGS, "embedding", (DENSE_REFIT,), shared=True),
+    }
+
+
+def _random(recipe: Recipe, stages: list[Stage]) -> Mixture:
+    """Add a whole mixture over a random partition."""
+    config = PartitionConfig(experts=recipe.partition.experts, method="random")
+    stages.append(partition_stage(config, recipe.seed, f"{RANDOM}/partition"))
+    return _mixture(recipe, stages, f"{RANDOM}/partition", f"{RANDOM}/experts", f"{RANDOM}/embeddings", f"{RANDOM}/decoder")
+
+
+def _source_digest(recipe: Recipe, store: ArtifactStore) -> str:
+    """The identity of the source's files; of the finished dataset's own record where they are gone."""
+    try:
+        return take_inventory(open_source(recipe.dataset).files(), store.storage).digest()
+    except DataError:
+        dataset = store.find("dataset")
+        if dataset is None:
+            raise
+        digest: str = dataset.record.config["source"]["sha256"]
+        return digest
+
+
+def _file_digest(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"the aliases {path} cannot be read ({error.strerror}); correct hashtags.aliases") from error

@@ -1,0 +1,147 @@
+"""What the report page shows, as plain JSON: `ReportData` is stored as `report/data.json`, `ReportProvenance` is not.
+
+`ReportData` is a function of the run's artifacts alone, so the report's record can vouch for it; everything that differs
+from one execution to the next (times, hosts, versions) is in `ReportProvenance`. Shares and metrics are fractions in
+[0, 1], never per cent. Rejected: pydantic models, which would validate what our own stages wrote and would need an alias
+for every metric name, `precision@1` being no Python identifier.
+"""
+
+from typing import Any, NotRequired, TypedDict
+
+
+class Metric(TypedDict):
+    """A value with its 95 % bootstrap interval; `value` is null, with a `reason`, where it cannot be computed."""
+
+    value: float | None
+    low: NotRequired[float | None]
+    high: NotRequired[float | None]
+    reason: NotRequired[str | None]
+
+
+class Metrics(TypedDict):
+    """Metrics by system and by name, and the paired differences, keyed `"mixture - dense_refit"`."""
+
+    systems: dict[str, dict[str, Metric]]
+    num_test_examples: int
+    differences: dict[str, dict[str, Metric]]
+
+
+class Sizes(TypedDict):
+    """Number of examples per split."""
+
+    train: int
+    validation: int
+    test: int
+
+
+class TagCount(TypedDict):
+    """A canonical tag and the number of training examples that carry it."""
+
+    tag: str
+    count: int
+
+
+class TagLift(TagCount):
+    """A tag of one part; `lift` is its share in the part divided by its share in the whole training set."""
+
+    lift: float
+
+
+class DatasetFacts(TypedDict):
+    """What was read, kept and set aside."""
+
+    sizes: Sizes
+    source: str
+    quarantined: int
+    quarantine_reasons: dict[str, int]
+    without_tags: int
+    copies_merged: int
+    num_tags: int
+    top_tags: list[TagCount]
+    dropped_tags: int
+
+
+Reseeded = TypedDict("Reseeded", {"pass": int, "expert": int})
+"""An expert whose part ran empty in a pass of k-means and was given a new centroid."""
+
+
+class RouterFit(TypedDict):
+    """How the k-means fit went: the objective after every pass (empty for a random partition)."""
+
+    objective: list[float]
+    converged: bool
+    reseeded: list[Reseeded]
+    experts: int
+
+
+class Exemplar(TypedDict):
+    """One image of a part; borderline ones also name the `second` nearest expert and the `ratio` of the two distances."""
+
+    example_id: str
+    tags: list[str]
+    image: str
+    distance: float
+    second: NotRequired[int]
+    ratio: NotRequired[float]
+
+
+class Part(TypedDict):
+    """One expert's share of the dataset."""
+
+    expert: int
+    sizes: Sizes
+    mean_distance: float | None
+    tags: list[TagLift]
+    typical: list[Exemplar]
+    borderline: list[Exemplar]
+
+
+CurvePoint = TypedDict(
+    "CurvePoint",
+    {"step": int, "examples": int, "loss": float | None, "validation_precision@1": NotRequired[float | None]},
+)
+"""One line of a network's `metrics.jsonl`."""
+
+
+class Network(TypedDict):
+    """One trained network; `features` is the width of its embedding."""
+
+    name: str
+    backbone: str
+    parameters: int
+    examples_seen: int
+    features: int
+
+
+class ReportData(TypedDict):
+    """Everything on the page that the run's artifacts decide."""
+
+    recipe: dict[str, Any]
+    dataset: DatasetFacts
+    metrics: Metrics
+    router: RouterFit
+    parts: list[Part]
+    curves: dict[str, list[CurvePoint]]
+    networks: list[Network]
+
+
+class StageTime(TypedDict):
+    """How long one artifact took; `units` is the number of its independent pieces."""
+
+    artifact: str
+    seconds: float
+    units: int
+    started: str
+
+
+class ReportProvenance(TypedDict):
+    """Who ran what, where and for how long."""
+
+    title: str
+    command: str
+    commit: str | None
+    host: str
+    versions: dict[str, str]
+    finished: str
+    stages: list[StageTime]
+    total_seconds: float

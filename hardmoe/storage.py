@@ -1,0 +1,306 @@
+"""A run's root, wherever it is: bytes in, bytes out, and the two conditional writes that make concurrency safe.
+
+Everything in a run is named by a '/'-separated path relative to the root, so that a root on another kind of storage is a
+matter of the URI. Every write is atomic (readers see the old file or the whole new one) and `create`/`replace` are
+compare-and-swap, which is all that leases, completions and records need. Rejected: `fsspec`, whose local and object
+stores differ in exactly these two points, and file locks held for long, which die differently on every network mount.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import BinaryIO, Protocol
+from urllib.parse import urlsplit
+
+from hardmoe.errors import CorruptFileError, StorageError
+
+_TEMPORARY = ".tmp-"
+
+
+class OutputFile(Protocol):
+    """A file being written; it appears under its name, whole, when the block that opened it ends well."""
+
+    size: int
+
+    def write(self, data: bytes, /) -> int:
+        """Append bytes."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of what was written so far."""
+        ...
+
+
+class Storage(Protocol):
+    """One place for files; see `LocalStorage` for the meaning of each method. Paths are relative to `uri`."""
+
+    uri: str
+
+    def read_bytes(self, path: str) -> bytes: ...  # noqa: D102
+    def open_input(self, path: str) -> BinaryIO: ...  # noqa: D102
+    def write_bytes(self, path: str, data: bytes) -> None: ...  # noqa: D102
+    def open_output(self, path: str) -> contextlib.AbstractContextManager[OutputFile]: ...  # noqa: D102
+    def create(self, path: str, data: bytes) -> bool: ...  # noqa: D102
+    def replace(self, path: str, expected: bytes, data: bytes | None) -> bool: ...  # noqa: D102
+    def exists(self, path: str) -> bool: ...  # noqa: D102
+    def size(self, path: str) -> int: ...  # noqa: D102
+    def list(self, prefix: str) -> list[str]: ...  # noqa: D102
+    def move(self, source: str, target: str) -> None: ...  # noqa: D102
+    def delete_tree(self, path: str) -> None: ...  # noqa: D102
+
+
+def open_storage(uri: str) -> Storage:
+    """Open a root given as a path or a `file://` URI.
+
+    Raises:
+        StorageError: the scheme is not one that hardmoe can use.
+    """
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file"):
+        return LocalStorage(Path(urlsplit(uri).path if scheme else uri))
+    raise StorageError(f"cannot use the root '{uri}': the scheme '{scheme}://' is not supported; give a local path")
+
+
+def join(*parts: str) -> str:
+    """Join storage paths; empty parts vanish."""
+    return "/".join(part.strip("/") for part in parts if part.strip("/"))
+
+
+class LocalStorage:
+    """Files under a local directory (or any mount with POSIX rename, link and flock)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        self.uri = str(self.directory)
+
+    def local_path(self, path: str) -> Path:
+        """The file's place on this machine.
+
+        Raises:
+            StorageError: the path would leave the root.
+        """
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise StorageError(f"the path '{path}' would leave the root {self.uri}; paths must be relative and without '..'")
+        return self.directory / pure
+
+    def read_bytes(self, path: str) -> bytes:
+        """The whole file. A missing file raises StorageError."""
+        with _translated("read", self.local_path(path)):
+            return self.local_path(path).read_bytes()
+
+    def open_input(self, path: str) -> BinaryIO:
+        """Open for reading at any offset; close it after use."""
+        with _translated("read", self.local_path(path)):
+            return self.local_path(path).open("rb")
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write or replace a file atomically."""
+        with self.open_output(path) as out:
+            out.write(data)
+
+    @contextlib.contextmanager
+    def open_output(self, path: str) -> Iterator["HashedFile"]:
+        """Write a file piece by piece; it appears under its name when the block ends without an exception."""
+        target = self.local_path(path)
+        with self._temporary(target) as temporary, _translated("write", target):
+            with HashedFile(temporary) as out:
+                yield out
+            temporary.replace(target)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file unless there is one; False, and nothing written, if there is. Exactly one of many racing callers wins."""
+        target = self.local_path(path)
+        with self._temporary(target) as temporary, _translated("write", target):
+            with HashedFile(temporary) as out:
+                out.write(data)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            return True
+
+    def replace(self, path: str, expected: bytes, data: bytes | None) -> bool:
+        """Replace a file (delete it if `data` is None) only if it holds exactly `expected`; False if it does not."""
+        target = self.local_path(path)
+        with _translated("write", target), self._locked_directory(target.parent) as there:
+            if not there or not target.exists() or target.read_bytes() != expected:
+                return False
+            if data is None:
+                target.unlink()
+            else:
+                self.write_bytes(path, data)
+            return True
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file (not a directory) of that name."""
+        with _translated("read", self.local_path(path)):
+            return self.local_path(path).is_file()
+
+    def size(self, path: str) -> int:
+        """Bytes of the file. A missing file raises StorageError."""
+        with _translated("read", self.local_path(path)):
+            return self.local_path(path).stat().st_size
+
+    def list(self, prefix: str) -> list[str]:
+        """Sorted paths, relative to the prefix, of all files below it; unfinished writes are left out."""
+        top = self.local_path(prefix)
+        found = [
+            (Path(directory) / name).relative_to(top).as_posix()
+            for directory, _, names in os.walk(top)
+            for name in names
+            if not name.startswith(_TEMPORARY)
+        ]
+        return sorted(found)
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file, replacing what is there."""
+        to = self.local_path(target)
+        with _translated("write", to):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            self.local_path(source).replace(to)
+
+    def delete_tree(self, path: str) -> None:
+        """Delete a file or a directory with all below it; nothing happens if there is none."""
+        target = self.local_path(path)
+        with _translated("delete", target):
+            if target.is_dir():
+                # A worker that is cut off may still be writing below; what it leaves is swept at the next commit.
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                target.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self, target: Path) -> Iterator[Path]:
+        temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        with _translated("write", target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked_directory(self, directory: Path) -> Iterator[bool]:
+        """Hold an flock on the directory itself, so that no lock file is left behind; False if it does not exist."""
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield True
+        finally:
+            os.close(descriptor)
+
+
+class HashedFile:
+    """A new local file that counts and hashes what passes through, and reaches the disk before it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of what was written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes, /) -> int:
+        """Append bytes."""
+        self._digest.update(data)
+        self.size += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Hand buffered bytes to the system; pyarrow's writers call this."""
+        self._file.flush()
+
+    def writable(self) -> bool:
+        """Always true; pyarrow asks."""
+        return True
+
+    def readable(self) -> bool:
+        """Always false; pyarrow asks."""
+        return False
+
+    def seekable(self) -> bool:
+        """Always false; pyarrow asks."""
+        return False
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
+
+    def close(self) -> None:
+        """Called by pyarrow's writers; the block that opened the file closes it for good."""
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def sha256_of(storage: Storage, path: str, chunk_bytes: int = 1 << 20) -> str:
+    """Hexadecimal SHA-256 of a stored file, read in pieces."""
+    digest = hashlib.sha256()
+    with storage.open_input(path) as source:
+        while chunk := source.read(chunk_bytes):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _translated(verb: str, path: Path) -> Iterator[None]:
+    """Turn the system's errors into one sentence with the remedy."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot {verb} {path}: there is no such file") from error
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise StorageError(f"cannot {verb} {path}: something else stands in its place ({error.strerror})") from error
+    except OSError as error:
+        raise _explained(verb, path, error) from error
+
+
+def _explained(verb: str, path: Path, error: OSError) -> StorageError:
+    code = error.errno
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"cannot {verb} {path}: the disk is full; free some space and run again, finished work is kept")
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StorageError(
+            f"cannot {verb} {path}: {error.strerror}; choose a root that is writable (recipe key 'root' or --root)"
+        )
+    return StorageError(f"cannot {verb} {path}: {error.strerror or error}")
+
+
+def check_entry(storage: Storage, path: str, size: int, sha256: str | None = None) -> None:
+    """Compare a file with what a record says of it.
+
+    Raises:
+        CorruptFileError: the file is missing, or has another size or (when given) digest.
+    """
+    if not storage.exists(path):
+        raise CorruptFileError(f"{storage.uri}/{path} is missing although a record vouches for it")
+    if (found := storage.size(path)) != size:
+        raise CorruptFileError(f"{storage.uri}/{path} has {found} bytes where its record says {size}")
+    if sha256 is not None and sha256_of(storage, path) != sha256:
+        raise CorruptFileError(f"{storage.uri}/{path} has other content than its record says (SHA-256 differs)")

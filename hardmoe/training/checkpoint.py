@@ -1,0 +1,105 @@
+"""Checkpoints of a training in progress: tensors first, the state that vouches for them last.
+
+    {prefix}/step-00001200/state.safetensors   model and momentum tensors
+    {prefix}/step-00001200/state.json          step, state, size and SHA-256 of the tensors: the commit marker
+
+A checkpoint exists when its `state.json` does and agrees with the tensors; anything else is passed over for an earlier
+one, so a worker killed at any byte costs at most the steps since. Rejected: `torch.save`, which pickles, and one file
+replaced in place, which leaves nothing to go back to.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+from torch import Tensor
+
+from hardmoe.config import Json
+from hardmoe.storage import Storage, join
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2
+"""Checkpoints kept: the newest, and one to go back to if it turns out to be damaged."""
+
+_TENSORS, _STATE = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after `step` steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: Json
+
+
+class Checkpoints:
+    """The checkpoints of one training under a prefix of a storage."""
+
+    def __init__(self, storage: Storage, prefix: str) -> None:
+        self.storage = storage
+        self.prefix = prefix
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Json) -> None:
+        """Commit a checkpoint, then delete all but the newest two that are committed."""
+        data = safetensors.torch.save({name: _plain(tensor) for name, tensor in tensors.items()})
+        marker = {"step": step, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "state": state}
+        directory = self._directory(step)
+        self.storage.write_bytes(join(directory, _TENSORS), data)
+        self.storage.write_bytes(join(directory, _STATE), json.dumps(marker, allow_nan=False).encode())
+        self._delete_all_but_newest(step)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that is committed and whole; None if there is none."""
+        for step, committed in sorted(self._steps().items(), reverse=True):
+            if not committed:
+                logger.warning("passing over the checkpoint %s: it was never finished", self._directory(step))
+            elif checkpoint := self._load(step):
+                return checkpoint
+        return None
+
+    def clear(self) -> None:
+        """Delete every checkpoint."""
+        self.storage.delete_tree(self.prefix)
+
+    def _directory(self, step: int) -> str:
+        return join(self.prefix, f"step-{step:08d}")
+
+    def _steps(self) -> dict[int, bool]:
+        """Whether each step's checkpoint has its commit marker."""
+        steps: dict[int, bool] = {}
+        for path in self.storage.list(self.prefix):
+            if match := re.fullmatch(r"step-(\d{8,})/(.+)", path):
+                steps[int(match[1])] = steps.get(int(match[1]), False) or match[2] == _STATE
+        return steps
+
+    def _load(self, step: int) -> Checkpoint | None:
+        directory = self._directory(step)
+        try:
+            marker = json.loads(self.storage.read_bytes(join(directory, _STATE)))
+            size, sha256, state = int(marker["size"]), str(marker["sha256"]), marker["state"]
+        except (ValueError, KeyError, TypeError):
+            logger.warning("passing over the checkpoint %s: its %s is damaged", directory, _STATE)
+            return None
+        path = join(directory, _TENSORS)
+        data = self.storage.read_bytes(path) if self.storage.exists(path) else b""
+        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+            logger.warning("passing over the checkpoint %s: its %s is not what was written", directory, _TENSORS)
+            return None
+        return Checkpoint(step, safetensors.torch.load(data), state)
+
+    def _delete_all_but_newest(self, newest: int) -> None:
+        steps = self._steps()
+        kept = sorted((step for step, committed in steps.items() if committed and step <= newest), reverse=True)[:KEPT]
+        for step in steps.keys() - set(kept):
+            self.storage.delete_tree(self._directory(step))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense copy on the CPU: safetensors refuses channels_last layouts and shared memory."""
+    return tensor.detach().cpu().contiguous().clone()

@@ -1,0 +1,70 @@
+"""Features of a stream of images, in batches of one fixed size.
+
+Every batch has the same shape, the last one padded with blank images, because the kernels that a matrix product uses, and
+so its last bits, depend on the batch size: an image's features must not depend on how many others came with it. They are
+float32 on a GPU too: the router decides near-ties by them. Rejected: torch's `DataLoader`, for pieces that are in memory.
+
+Shape letters: N images, n images of one piece, B batch, S side in pixels, D feature dim.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hardmoe.models.backbones import Backbone, normalise_images
+
+
+def predict_features(
+    backbone: Backbone, images: Iterable[NDArray[np.uint8]], batch_size: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Features of images in evaluation mode; the backbone's own mode is as before afterwards.
+
+    Args:
+        backbone: on `device` already.
+        images: pieces uint8 [n, 3, S, S] of any n.
+        batch_size: B, images per forward pass.
+        device: where the backbone is.
+
+    Yields:
+        float32 [B, D] on the device; the last one may have fewer rows. Together one row per image, in order.
+    """
+    for images_B3SS in _fixed_batches(images, batch_size):
+        rows = len(images_B3SS)
+        if rows < batch_size:
+            images_B3SS = np.concatenate([images_B3SS, np.zeros((batch_size - rows, *images_B3SS.shape[1:]), np.uint8)])
+        was_training = backbone.training
+        backbone.eval()
+        try:
+            with torch.inference_mode():
+                features_BD = backbone(device_images(torch.from_numpy(images_B3SS), device))
+        finally:
+            backbone.train(was_training)
+        yield features_BD[:rows].float()
+
+
+def device_images(images_B3SS: Tensor, device: torch.device) -> Tensor:
+    """Move uint8 images to the device and normalise them there, in the layout in which convolutions are fastest."""
+    if device.type == "cuda":
+        # From pageable memory the copy would wait for the work already queued, and the next batch for the copy.
+        images_B3SS = images_B3SS.pin_memory()
+    moved_B3SS = images_B3SS.to(device, non_blocking=True)
+    return normalise_images(moved_B3SS.contiguous(memory_format=torch.channels_last))
+
+
+def _fixed_batches(images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[NDArray[np.uint8]]:
+    """Regroup pieces into batches of one size; the last may be smaller."""
+    waiting: list[NDArray[np.uint8]] = []
+    num_waiting = 0
+    for piece in images:
+        while len(piece):
+            head, piece = piece[: batch_size - num_waiting], piece[batch_size - num_waiting :]
+            waiting.append(head)
+            num_waiting += len(head)
+            if num_waiting == batch_size:
+                yield np.concatenate(waiting)
+                waiting, num_waiting = [], 0
+    if waiting:
+        yield np.concatenate(waiting)

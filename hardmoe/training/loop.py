@@ -1,0 +1,307 @@
+"""The training loop that the trunk, every expert and the dense baseline share.
+
+Everything that happens at a step is a function of (seed, step): the batch, the learning rate, the randomness of dropout.
+So a checkpoint holds the weights, the momentum and a handful of numbers, and a training killed anywhere and resumed ends
+with the bits of one that was not (on a CPU; see `determinism`). Rejected: an epoch-based loop with saved generator and
+sampler states, which is where other loops lose exactness.
+
+Shape letters: B batch, S side in pixels, D feature dim, V tags.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hardmoe.data.loader import ExampleSet, TrainingBatch, batch_slice, num_batches
+from hardmoe.errors import HardmoeError
+from hardmoe.hashing import derive_seed
+from hardmoe.models.backbones import TagClassifier
+from hardmoe.training.checkpoint import Checkpoint, Checkpoints
+from hardmoe.training.config import TrainingConfig
+from hardmoe.training.determinism import deterministic, seeded_step
+from hardmoe.training.inference import device_images
+from hardmoe.training.losses import softmax_cross_entropy_multi
+from hardmoe.training.metrics_log import MetricsLog
+from hardmoe.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from hardmoe.training.validation import validate
+
+logger = logging.getLogger(__name__)
+
+STEPS_PER_ROW = 20
+"""Steps between rows of the metrics log."""
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a training stands; for people, never stored in an artifact."""
+
+    step: int
+    total_steps: int
+    examples_seen: int
+    loss: float | None
+    """Of the latest step whose loss was fetched from the device; None before the first."""
+    examples_per_second: float
+    """Since this attempt began."""
+
+
+@dataclass(frozen=True)
+class TrainingSinks:
+    """Where a training reports to. The caller keeps `checkpoints` and `log` of one training under one place."""
+
+    checkpoints: Checkpoints | None = None
+    log: MetricsLog | None = None
+    progress: Callable[[TrainingProgress], None] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What came of a training; the same for every attempt, so it may go into an artifact's record."""
+
+    steps: int
+    examples_seen: int
+    """Counted with repetition over the epochs."""
+    final_loss: float | None
+    """Mean over the steps of the log's last row; None if nothing was trained."""
+    validation_precision_at_1: float | None
+    """After the last epoch; None without labelled validation examples."""
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the tensors; the loss is summed over the steps since the log's last row."""
+
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    final_loss: float | None = None
+    validation_precision_at_1: float | None = None
+
+
+def train(
+    model: TagClassifier,
+    examples: ExampleSet,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    validation: ExampleSet | None = None,
+    sinks: TrainingSinks | None = None,
+) -> TrainingResult:
+    """Train a classifier in place, resuming from the latest checkpoint of the same training.
+
+    Parameters that do not require gradients stay as they are. Afterwards the model is on `device`, in evaluation mode.
+
+    Args:
+        model: the start; a resumed training must be given the same one.
+        examples: those without labels are left out; if none remains, the weights are not touched.
+        config: see `TrainingConfig`.
+        seed: decides the order of the examples and the randomness of layers such as dropout.
+        device: where to train; bfloat16 autocast on a GPU, float32 elsewhere.
+        validation: scored after every epoch.
+        sinks: checkpoints, log and progress, each optional.
+
+    Raises:
+        HardmoeError: the loss is no longer a finite number.
+    """
+    sinks = sinks or TrainingSinks()
+    labelled = examples.labelled()
+    validation = validation.labelled() if validation else None
+    for part in (labelled, validation):
+        if part and int(part.label_indices_L.max()) >= model.decoder.out_features:
+            raise ValueError(f"tag {part.label_indices_L.max()} in a decoder of {model.decoder.out_features} tags")
+    with deterministic(config.num_threads, device):
+        training = _Training(model, labelled, config, seed, device, validation, sinks)
+        if len(labelled):
+            training.run()
+        else:
+            training.begin_log(0)
+        if sinks.log:
+            sinks.log.flush()
+    model.eval()
+    state = training.state
+    return TrainingResult(state.step, training.examples_seen(state.step), state.final_loss, state.validation_precision_at_1)
+
+
+@dataclass
+class _Training:
+    """One attempt at a training."""
+
+    model: TagClassifier
+    examples: ExampleSet
+    config: TrainingConfig
+    seed: int
+    device: torch.device
+    validation: ExampleSet | None
+    sinks: TrainingSinks
+    state: _State = field(default_factory=_State)
+    unfetched: list[Tensor] = field(default_factory=list)
+    last_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = num_batches(len(self.examples), self.config.batch_size)
+        self.total_steps = self.steps_per_epoch * self.config.epochs
+
+    def run(self) -> None:
+        """Do the steps that the latest checkpoint has not done."""
+        digest = self._digest() if self.sinks.checkpoints else ""
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, self.config)
+        self._resume(digest)
+        first_step, began = self.state.step, time.monotonic()
+        batches = self.examples.training_batches(self.config.batch_size, self.config.epochs, self.seed, first_step)
+        for batch in batches:
+            self._step(batch)
+            self._report()
+            self._save(digest)
+            if self.sinks.progress:
+                seen = self.examples_seen(self.state.step)
+                rate = (seen - self.examples_seen(first_step)) / max(time.monotonic() - began, 1e-9)
+                self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate))
+
+    def examples_seen(self, step: int) -> int:
+        """Examples in the batches of the first `step` steps."""
+        if not len(self.examples):
+            return 0
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return epoch * len(self.examples) + int(batch_slice(len(self.examples), self.config.batch_size, index).start)
+
+    def begin_log(self, step: int) -> None:
+        """Drop the rows of steps that will be done again."""
+        if self.sinks.log:
+            self.sinks.log.cut_back(step)
+
+    def _step(self, batch: TrainingBatch) -> None:
+        set_learning_rate(self.optimizer, self._learning_rate(self.state.step))
+        targets_BV = batch.targets.dense(self.model.decoder.out_features, self.device)
+        alone = len(batch.images_B3SS) == 1
+        with (
+            seeded_step(derive_seed(self.seed, "step", self.state.step), self.device),
+            running_statistics_for_single_values(self.model) if alone else nullcontext(),
+        ):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                _, logits_BV = self.model(device_images(batch.images_B3SS, self.device))
+            loss = softmax_cross_entropy_multi(logits_BV, targets_BV)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.unfetched.append(loss.detach())
+        self.state.step += 1
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate_at(step, self.total_steps, self.config)
+
+    def _fetch_losses(self) -> None:
+        """Bring the losses from the device; done rarely on a GPU, since it waits for all queued work."""
+        losses = torch.stack(self.unfetched).double().tolist()
+        for step, loss in enumerate(losses, start=self.state.step - len(losses)):
+            if not math.isfinite(loss):
+                raise HardmoeError(
+                    f"the loss became {loss} at step {step + 1} of {self.total_steps}, at learning rate "
+                    f"{self._learning_rate(step):.3g}; lower learning_rate (now {self.config.learning_rate:g}) and run again"
+                )
+            self.state.loss_sum += loss
+        self.state.loss_steps += len(losses)
+        self.last_loss = losses[-1]
+        self.unfetched.clear()
+
+    def _report(self) -> None:
+        state = self.state
+        epoch = -(-state.step // self.steps_per_epoch)
+        row_is_due = state.step % STEPS_PER_ROW == 0 or state.step == self.total_steps
+        if row_is_due or self._checkpoint_is_due() or self.device.type == "cpu":
+            self._fetch_losses()
+        if row_is_due:
+            state.final_loss = state.loss_sum / state.loss_steps
+            state.loss_sum, state.loss_steps = 0.0, 0
+            rate = self._learning_rate(state.step - 1)
+            seen = self.examples_seen(state.step)
+            self._log({"step": state.step, "epoch": epoch, "examples": seen, "loss": state.final_loss, "learning_rate": rate})
+        if self.validation and state.step % self.steps_per_epoch == 0:
+            scores = validate(self.model, self.validation, self.config.batch_size, self.device)
+            state.validation_precision_at_1 = scores.precision_at_1
+            if not math.isfinite(scores.loss):
+                raise HardmoeError(
+                    f"the validation loss became {scores.loss} after epoch {epoch}; lower learning_rate and run again"
+                )
+            row = {"validation_precision@1": scores.precision_at_1, "validation_loss": scores.loss}
+            self._log({"step": state.step, "epoch": epoch, **row})
+
+    def _log(self, row: dict[str, int | float]) -> None:
+        if self.sinks.log:
+            self.sinks.log.append(row)
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every_steps
+        return self.sinks.checkpoints is not None and every is not None and self.state.step % every == 0
+
+    def _save(self, digest: str) -> None:
+        if not self.sinks.checkpoints or not self._checkpoint_is_due():
+            return
+        if self.sinks.log:
+            self.sinks.log.flush()  # before the commit: rows beyond a checkpoint are cut back, missing ones would be lost
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
+                tensors[f"optimizer.{name}"] = momentum
+        self.sinks.checkpoints.save(self.state.step, tensors, {"training": digest, **asdict(self.state)})
+
+    def _resume(self, digest: str) -> None:
+        checkpoint = self.sinks.checkpoints.latest() if self.sinks.checkpoints else None
+        if self.sinks.checkpoints and checkpoint and checkpoint.state.get("training") != digest:
+            logger.warning("the checkpoints in %s belong to another training and are deleted", self.sinks.checkpoints.prefix)
+            self.sinks.checkpoints.clear()
+            checkpoint = None
+        if checkpoint:
+            self._restore(checkpoint)
+        self.begin_log(self.state.step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.state = _State(**{name: value for name, value in checkpoint.state.items() if name != "training"})
+        tensors = checkpoint.tensors
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        for name, parameter in self.model.named_parameters():
+            if (momentum := tensors.get(f"optimizer.{name}")) is not None:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+
+    def _digest(self) -> str:
+        """Names the training that a checkpoint belongs to: config, seed, examples, initial weights, what is trainable."""
+        trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        facts = [self.config.identity(), self.seed, self.examples.image_size, self.total_steps, trainable]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for array in (self.examples.ids_N16, self.examples.label_offsets, self.examples.label_indices_L):
+            digest.update(array.tobytes())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+@contextmanager
+def running_statistics_for_single_values(model: nn.Module) -> Iterator[None]:
+    """Let batch normalisation use its running statistics wherever a channel has one value only.
+
+    A batch of one image has no variance once its maps are 1x1; torch refuses it. Layers with larger maps are not affected.
+    """
+
+    def choose(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values_per_channel = inputs[0].numel() // inputs[0].shape[1]
+        module.train(values_per_channel > 1)
+
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    handles = [layer.register_forward_pre_hook(choose) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle, layer in zip(handles, layers, strict=True):
+            handle.remove()
+            layer.train()

@@ -1,0 +1,171 @@
+"""Training one network as a unit of a stage: what trunk, dense baseline and experts have in common.
+
+The unit streams its examples' shards once, decodes them, joins the labels by id, trains with checkpoints in the root and
+writes `model.safetensors`, a description and `metrics.jsonl`. Rejected: a base class for the three; they differ in what they
+read and where they start, which are arguments.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hardmoe.config import Json
+from hardmoe.data.config import PILLOW_MAX_PIXELS
+from hardmoe.data.loader import EncodedBatch, ExampleSet
+from hardmoe.data.reading import example_shards, labels_of, read_examples
+from hardmoe.errors import CorruptFileError
+from hardmoe.models.backbones import TagClassifier, build_backbone
+from hardmoe.stage import InputArtifact, UnitContext
+from hardmoe.storage import join
+from hardmoe.tables import ids_to_array
+from hardmoe.training.checkpoint import Checkpoints
+from hardmoe.training.config import TrainingConfig
+from hardmoe.training.loop import TrainingProgress, TrainingSinks, train
+from hardmoe.training.metrics_log import MetricsLog
+
+MODEL_FILE = "model.safetensors"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which network: everything that `build_network` needs beside the seed."""
+
+    backbone: str
+    stem: str
+    image_size: int
+    num_tags: int
+
+
+@dataclass(frozen=True)
+class NetworkJob:
+    """One training: what to read, what to build, where to start."""
+
+    architecture: Architecture
+    examples: InputArtifact
+    expert: int | None
+    """Which part of a partition to read; None for a whole dataset."""
+    vocabulary: InputArtifact
+    config: TrainingConfig
+    seed: int
+    start: Mapping[str, Tensor] | None = None
+    """Weights to start from; None for fresh ones."""
+
+
+def unit_device(context: UnitContext) -> torch.device:
+    """The GPU that the unit was given, or the CPU."""
+    return torch.device("cuda" if context.use_gpu and torch.cuda.is_available() else "cpu")
+
+
+def build_network(architecture: Architecture, seed: int) -> TagClassifier:
+    """A network with fresh weights."""
+    backbone = build_backbone(architecture.backbone, image_size=architecture.image_size, seed=seed, stem=architecture.stem)
+    return TagClassifier(backbone, architecture.num_tags, seed=seed)
+
+
+def load_weights(network: InputArtifact) -> dict[str, Tensor]:
+    """The weights of a finished trunk, expert or dense baseline.
+
+    Raises:
+        CorruptFileError: the file is not what was written.
+    """
+    path = network.path(MODEL_FILE)
+    try:
+        weights: dict[str, Tensor] = safetensors.torch.load(network.storage.read_bytes(path))
+    except safetensors.SafetensorError as error:
+        raise CorruptFileError(f"{network.storage.uri}/{path} is damaged: {error}; delete the artifact and run again") from error
+    return weights
+
+
+def load_network(network: InputArtifact) -> TagClassifier:
+    """A finished trunk, expert or dense baseline, in evaluation mode on the CPU."""
+    model = build_network(architecture_of(network), seed=0)
+    model.load_state_dict(load_weights(network))
+    return model.eval()
+
+
+def architecture_of(network: InputArtifact) -> Architecture:
+    """Which network an artifact holds."""
+    return Architecture(**network.payload["architecture"])
+
+
+def train_network(context: UnitContext, job: NetworkJob, description_file: str) -> Json:
+    """Train, and write the network's files; returns the payload of its record."""
+    examples = load_examples(job, "train").labelled()
+    validation = load_examples(job, "validation").labelled()
+    model = build_network(job.architecture, job.seed)
+    if job.start is not None:
+        model.load_state_dict(job.start)
+    log = MetricsLog(context.storage, join(context.stage.name, METRICS_FILE))
+    checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
+    sinks = TrainingSinks(checkpoints, log, progress_teller(context, job.config.checkpoint_every_steps))
+    device = unit_device(context)
+    result = train(model, examples, job.config, seed=job.seed, device=device, validation=validation, sinks=sinks)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with context.output(MODEL_FILE) as out:
+        out.write(safetensors.torch.save(weights))
+    with context.output(METRICS_FILE) as out:
+        out.write(context.storage.read_bytes(join(context.stage.name, METRICS_FILE)))
+    payload = {
+        "architecture": asdict(job.architecture),
+        "num_features": model.backbone.num_features,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "unique_examples": len(examples),
+        "examples_seen": result.examples_seen,
+        "steps": result.steps,
+        "final_loss": result.final_loss,
+        "validation_precision@1": result.validation_precision_at_1,
+    }
+    with context.output(description_file) as out:
+        out.write((json.dumps(payload, indent=1, sort_keys=True) + "\n").encode())
+    return payload
+
+
+def load_examples(job: NetworkJob, split: str) -> ExampleSet:
+    """A split's examples, decoded, with their labels."""
+    paths = example_shards(job.examples, split, job.expert)
+    return ExampleSet.from_stream(
+        _encoded(job, paths),
+        image_size=job.architecture.image_size,
+        max_pixels=PILLOW_MAX_PIXELS,  # the dataset stage has held every image against the recipe's own limit
+        num_threads=job.config.num_threads,
+        scratch_path=Path(tempfile.gettempdir()),
+    )
+
+
+def _encoded(job: NetworkJob, paths: list[str]) -> Iterator[EncodedBatch]:
+    all_ids = [
+        ids_to_array(t.column("example_id")) for p in paths for t in read_examples(job.examples, [p], columns=["example_id"])
+    ]
+    labels = labels_of(job.vocabulary, np.concatenate(all_ids) if all_ids else np.zeros((0, 16), np.uint8))
+    start = 0
+    for table in read_examples(job.examples, paths, columns=["example_id", "image"]):
+        stop = start + table.num_rows
+        low, high = labels.offsets[start], labels.offsets[stop]
+        offsets = labels.offsets[start : stop + 1] - low
+        yield EncodedBatch(
+            ids_to_array(table.column("example_id")), table.column("image").to_pylist(), labels.indices_L[low:high], offsets
+        )
+        start = stop
+
+
+def progress_teller(context: UnitContext, checkpoint_every_steps: int | None) -> Callable[[TrainingProgress], None]:
+    """Passes a training's progress on to the unit's, with the step of its newest checkpoint."""
+
+    def tell(at: TrainingProgress) -> None:
+        values: dict[str, float | int | str] = {"examples/s": round(at.examples_per_second, 1), "step": at.step}
+        if at.loss is not None:
+            values["loss"] = round(at.loss, 5)
+        if checkpoint_every_steps is not None:
+            values["checkpoint"] = at.step // checkpoint_every_steps * checkpoint_every_steps
+        context.progress(at.step, at.total_steps, **values)
+
+    return tell

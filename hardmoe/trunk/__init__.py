@@ -1,0 +1,1 @@
+"""The trunk: the network whose features decide the partition."""

@@ -1,0 +1,21 @@
+"""The `trunk` section of the recipe."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hardmoe.config import operational
+from hardmoe.training.config import Gpus, TrainingConfig
+
+
+class TrunkConfig(TrainingConfig):
+    """The trunk: trained on the hashtags of all training examples."""
+
+    backbone: str = "resnet18"
+    """A torchvision model, `resnet20` to `resnet110`, `quicknet_w<width>`, or `package.module:factory` for your own."""
+    stem: Literal["auto", "small", "imagenet"] = "auto"
+    """First layers of torchvision's ResNets: `small` keeps the resolution of small images; `auto` is `small` up to 64 px."""
+    image_size: int = Field(32, ge=8, le=1024)
+    """Side in pixels to which every image is resized (shorter side, then centre crop), for trunk and experts alike."""
+    gpus: Gpus = operational("auto")
+    """GPUs for the training; `auto` takes one where there are any."""

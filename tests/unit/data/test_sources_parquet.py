@@ -1,0 +1,229 @@
+"""Parquet files as a source: paths, shards, column types, bad rows and errors."""
+
+import json
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hardmoe.data.config import DatasetConfig
+from hardmoe.data.sources.base import BadExample, RawExample
+from hardmoe.data.sources.parquet import ParquetSource
+from hardmoe.errors import DataError
+
+
+def write(path, num_rows=4, row_group_size=None, **columns):
+    columns = {
+        "image": [f"{path.stem}-{row}".encode() for row in range(num_rows)],
+        "hashtags": [[f"tag{row}"] for row in range(num_rows)],
+    } | columns
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({name: column for name, column in columns.items() if column is not None})
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def source_of(path, **config):
+    return ParquetSource(DatasetConfig(path=[str(each) for each in path] if isinstance(path, list) else str(path), **config))
+
+
+def read_all(source):
+    return [row for shard in source.shards() for row in source.read(shard)]
+
+
+def test_rows_pass_through_unchanged_and_in_order(tmp_path):
+    path = write(tmp_path / "a.parquet", image=[b"\x00raw", b"", b"x", b"x"], hashtags=[["#A", None], [], None, ["b c"]])
+    assert read_all(source_of(path)) == [
+        RawExample(b"\x00raw", ("#A",), f"{path}#row=0"),
+        RawExample(b"", (), f"{path}#row=1"),
+        RawExample(b"x", (), f"{path}#row=2"),
+        RawExample(b"x", ("b c",), f"{path}#row=3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([b"1", b"2"], pa.large_binary()),
+        pa.array([{"bytes": b"1", "path": "1.jpg"}, {"bytes": b"2", "path": None}]),
+    ],
+)
+def test_image_column_types(tmp_path, column):
+    rows = read_all(source_of(write(tmp_path / "a.parquet", 2, image=column)))
+    assert [row.image for row in rows] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array(["#a #b,c", None]), [("#a", "#b", "c"), ()]),
+        (pa.array(["#a #b", "c"], pa.large_string()), [("#a", "#b"), ("c",)]),
+        (pa.array(["a", "b"]).dictionary_encode(), [("a",), ("b",)]),
+        (pa.array([["a", "b"], ["c"]], pa.large_list(pa.large_string())), [("a", "b"), ("c",)]),
+        (pa.array([["a", "b"], ["c", "d"]], pa.list_(pa.string(), 2)), [("a", "b"), ("c", "d")]),
+        (pa.array([[], None]), [(), ()]),
+        (pa.array([None, None]), [(), ()]),
+    ],
+)
+def test_tags_column_types(tmp_path, column, expected):
+    assert [row.tags for row in read_all(source_of(write(tmp_path / "a.parquet", 2, hashtags=column)))] == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [(["x", "y"], ["x", "y"]), ([7, 8], ["7", "8"]), ([b"\x01\xff", b""], ["01ff", ""])],
+)
+def test_id_column_types(tmp_path, column, expected):
+    path = write(tmp_path / "a.parquet", 2, photo=column)
+    assert [row.key for row in read_all(source_of(path, id_column="photo"))] == expected
+    assert [row.key for row in read_all(source_of(path))] == [None, None]
+
+
+def test_other_column_names_even_with_a_dot(tmp_path):
+    path = write(tmp_path / "a.parquet", 2, image=None, hashtags=None, **{"photo.jpg": [b"1", b"2"], "photo": [["a"], ["b"]]})
+    rows = read_all(source_of(path, image_column="photo.jpg", tags_column="photo"))
+    assert [(row.image, row.tags) for row in rows] == [(b"1", ("a",)), (b"2", ("b",))]
+
+
+def test_null_image_and_null_id_are_bad_examples(tmp_path):
+    path = write(tmp_path / "a.parquet", image=[b"1", None, b"3", b"4"], photo=["a", "b", None, "d"])
+    rows = read_all(source_of(path, id_column="photo"))
+    assert rows[1] == BadExample(f"{path}#row=1", "null image")
+    assert rows[2] == BadExample(f"{path}#row=2", "null in the id column 'photo'")
+    assert [row.key for row in rows[::3]] == ["a", "d"]
+    hugging_face = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    path = write(tmp_path / "b.parquet", 2, image=pa.array([{"bytes": None, "path": "x.jpg"}, None], hugging_face))
+    assert [row.reason for row in read_all(source_of(path))] == ["null image", "null image"]
+
+
+def test_split_column_is_read_and_another_value_refused(tmp_path):
+    path = write(tmp_path / "a.parquet", 3, split=["train", "test", "validation"])
+    assert [row.split for row in read_all(source_of(path, split_column="split"))] == ["train", "test", "validation"]
+    for value in ("valid", None):
+        path = write(tmp_path / "b.parquet", 2, split=["train", value])
+        with pytest.raises(DataError, match=rf"b\.parquet#row=1: split {value!r} in column 'split' is none of train, val"):
+            read_all(source_of(path, split_column="split"))
+
+
+@pytest.mark.parametrize(("shard_rows", "num_shards"), [(1, 4), (3, 4), (6, 2), (7, 2), (9, 2), (100, 1)])
+def test_shards_are_whole_row_groups_that_hold_every_row_once(tmp_path, shard_rows, num_shards):
+    path = write(tmp_path / "a.parquet", 10, row_group_size=3)
+    source = source_of(path, shard_rows=shard_rows)
+    shards = source.shards()
+    assert [shard.name for shard in shards] == [f"{number:05d}-of-{num_shards:05d}" for number in range(num_shards)]
+    assert [row.image for row in read_all(source)] == [f"a-{row}".encode() for row in range(10)]
+    assert [row.source_uri for row in read_all(source)] == [f"{path}#row={row}" for row in range(10)]
+    assert sum(shard.items["num_rows"] for shard in shards) == 10
+
+
+def test_long_shard_keeps_row_numbers_across_batches(tmp_path):
+    path = write(tmp_path / "a.parquet", 700, row_group_size=300)
+    rows = read_all(source_of(path, shard_rows=600))
+    assert [int(row.image.decode().split("-")[1]) for row in rows] == list(range(700))
+    assert [row.source_uri for row in rows] == [f"{path}#row={row}" for row in range(700)]
+
+
+def test_shard_is_json_and_is_read_by_another_source(tmp_path):
+    path = write(tmp_path / "a.parquet", 5, row_group_size=2)
+    shard = source_of(path, shard_rows=2).shards()[1]
+    assert json.loads(json.dumps(shard.items)) == shard.items
+    assert [row.image for row in source_of(path).read(pickle.loads(pickle.dumps(shard)))] == [b"a-2", b"a-3"]
+
+
+def test_files_are_named_relative_to_their_common_folder_and_sorted(tmp_path):
+    for name in ("2024/b.parquet", "2024/a.parquet", "2023/z.parquet"):
+        write(tmp_path / name)
+    (tmp_path / "2024" / ".c.parquet").write_bytes(b"half a download")
+    source = source_of([tmp_path / "2024/*.parquet", tmp_path / "2023/z.parquet", tmp_path / "**/a.parquet"])
+    assert [file.name for file in source.files()] == ["2023/z.parquet", "2024/a.parquet", "2024/b.parquet"]
+    assert [file.size for file in source.files()] == [(tmp_path / file.name).stat().st_size for file in source.files()]
+    assert read_all(source)[0].image == b"z-0"
+    assert [file.name for file in source_of(tmp_path / "2024/a.parquet").files()] == ["a.parquet"]
+
+
+def test_moved_data_keep_their_names_and_shards(tmp_path):
+    for home in ("here", "there"):
+        write(tmp_path / home / "a.parquet")
+        write(tmp_path / home / "b.parquet")
+    here, there = (source_of(tmp_path / home / "*.parquet") for home in ("here", "there"))
+    assert [file.name for file in here.files()] == [file.name for file in there.files()]
+    assert [row.image for row in read_all(here)] == [row.image for row in read_all(there)]
+
+
+def test_relative_path_and_file_with_glob_characters(tmp_path, monkeypatch):
+    write(tmp_path / "a[1].parquet")
+    monkeypatch.chdir(tmp_path)
+    assert read_all(source_of("a[1].parquet"))[0].source_uri == "a[1].parquet#row=0"
+    assert len(read_all(source_of("*.parquet"))) == 4
+
+
+def test_wrong_column_names_file_columns_and_the_nearest(tmp_path):
+    path = write(tmp_path / "a.parquet", hashtag=[["a"]] * 4, hashtags=None)
+    expected = r"a\.parquet has no column 'hashtags', only image, hashtag, nearest is 'hashtag'; set dataset\.tags_column"
+    with pytest.raises(DataError, match=expected):
+        source_of(path).shards()
+
+
+def test_one_file_of_many_with_other_columns_is_found_before_any_row_is_read(tmp_path):
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", image=None, photo=[b"1"] * 4)
+    with pytest.raises(DataError, match=r"b\.parquet has no column 'image'"):
+        source_of(tmp_path / "*.parquet").shards()
+
+
+@pytest.mark.parametrize(
+    ("columns", "config", "message"),
+    [
+        ({"image": ["a.jpg"] * 4}, {}, "'image' is string, not encoded images.*dataset.image_column"),
+        ({"image": [{"path": "a.jpg"}] * 4}, {}, "'image' is struct.*not encoded images"),
+        ({"hashtags": [1, 2, 3, 4]}, {}, "'hashtags' is int64, not hashtags.*dataset.tags_column"),
+        ({"hashtags": [[1]] * 4}, {}, "'hashtags' is list.*not hashtags"),
+        ({"photo": [0.5] * 4}, {"id_column": "photo"}, "'photo' is double, not names.*dataset.id_column"),
+        ({"split": [0, 1, 2, 0]}, {"split_column": "split"}, "'split' is int64, not strings.*dataset.split_column"),
+    ],
+)
+def test_column_of_another_type_is_refused(tmp_path, columns, config, message):
+    with pytest.raises(DataError, match=message):
+        source_of(write(tmp_path / "a.parquet", **columns), **config).shards()
+
+
+def test_path_that_matches_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"none-\*\.parquet' matches no file"):
+        source_of(tmp_path / "none-*.parquet")
+    with pytest.raises(DataError, match=r"needs dataset\.path"):
+        ParquetSource(DatasetConfig())
+    with pytest.raises(DataError, match=r"needs dataset\.path"):
+        ParquetSource(DatasetConfig(path=[]))
+    with pytest.raises(DataError, match=r"is a folder; give a pattern such as .*/\*\.parquet"):
+        source_of(tmp_path)
+    with pytest.raises(DataError, match="is a URI"):
+        source_of("s3://bucket/*.parquet")
+
+
+def test_file_that_is_not_parquet_is_named(tmp_path):
+    (tmp_path / "notes.parquet").write_text("hello, this is not the format you are looking for")
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    for name in ("notes", "empty"):
+        with pytest.raises(DataError, match=rf"{name}\.parquet is not a Parquet file"):
+            source_of(tmp_path / f"{name}.parquet").shards()
+
+
+def test_file_damaged_after_its_footer_was_read_is_named(tmp_path):
+    path = write(tmp_path / "a.parquet", 2000, image=[bytes(100)] * 2000)
+    source = source_of(path)
+    shards = source.shards()
+    data = bytearray(path.read_bytes())
+    data[4:200] = b"\xff" * 196
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet is damaged at row 0"):
+        list(source.read(shards[0]))
+
+
+def test_files_without_rows_are_refused_together_and_skipped_beside_others(tmp_path):
+    schema = {"image": pa.array([], pa.binary()), "hashtags": pa.array([], pa.list_(pa.string()))}
+    write(tmp_path / "a.parquet", 0, **schema)
+    with pytest.raises(DataError, match="have no rows"):
+        source_of(tmp_path / "*.parquet").shards()
+    write(tmp_path / "b.parquet")
+    assert len(read_all(source_of(tmp_path / "*.parquet"))) == 4

@@ -1,0 +1,258 @@
+"""Fitting the decoder: the arithmetic, the resume, and what the alignment is for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hardmoe.data.loader import batch_slice, epoch_order
+from hardmoe.decoder.config import DecoderConfig
+from hardmoe.decoder.fit import EmbeddingSet, evaluate, fit
+from hardmoe.models.shared_decoder import SharedDecoder
+from hardmoe.errors import DataError, HardmoeError
+from hardmoe.hashing import derive_seed
+from hardmoe.storage import LocalStorage
+from hardmoe.training.checkpoint import Checkpoints
+from hardmoe.training.loop import TrainingSinks
+from hardmoe.training.metrics_log import MetricsLog
+
+K, E, V = 3, 6, 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def embedding_rows(num_examples: int = 90, seed: int = 0, labels_upto: int = 3):
+    """Unsorted rows; some examples have no label."""
+    generator = np.random.default_rng(seed)
+    labels = [generator.choice(V, generator.integers(0, labels_upto + 1), replace=False) for _ in range(num_examples)]
+    return (
+        generator.integers(0, 256, (num_examples, 16), dtype=np.uint8),
+        generator.normal(size=(num_examples, E)).astype(np.float16),
+        generator.integers(0, K, num_examples).astype(np.int32),
+        np.concatenate(labels).astype(np.int32),
+        np.cumsum([0, *map(len, labels)]).astype(np.int64),
+    )
+
+
+def start(align: str = "affine", dim: int | None = None) -> SharedDecoder:
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = torch.randn(V, E, generator=generator), torch.randn(V, generator=generator)
+    return SharedDecoder.initial(K, E, dim, weight, bias, seed=0, align=align)
+
+
+def weights(model: SharedDecoder) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def numpy_fit(model: SharedDecoder, examples: EmbeddingSet, config: DecoderConfig, seed: int):
+    """The whole fit in float64, gradients by hand, AdamW as in Loshchilov and Hutter (2019)."""
+    p = {name: value.astype(np.float64) for name, value in weights(model).items()}
+    mean, square = ({name: np.zeros_like(value) for name, value in p.items()} for _ in range(2))
+    offsets = examples.label_offsets
+    batches = -(-len(examples) // config.batch_size)
+    total, step, epoch_losses = batches * config.epochs, 0, []
+    for epoch in range(config.epochs):
+        order = epoch_order(examples.ids_N16, derive_seed(seed, "decoder"), epoch)
+        losses = []
+        for index in range(batches):
+            rows = order[batch_slice(len(examples), config.batch_size, index)]
+            gradient = {name: np.zeros_like(value) for name, value in p.items()}
+            for row in rows:
+                h, e = examples.embeddings_NE[row].astype(np.float64), examples.experts_N[row]
+                tags = examples.label_indices_L[offsets[row] : offsets[row + 1]]
+                z = p["alignment.weight"][e] @ h + p["alignment.bias"][e]
+                logits = p["decoder.weight"] @ z + p["decoder.bias"]
+                probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+                target = np.bincount(tags, minlength=V) / len(tags)
+                losses.append(-(target * np.log(probabilities)).sum())
+                error = (probabilities - target) / len(rows)
+                gradient["decoder.weight"] += np.outer(error, z)
+                gradient["decoder.bias"] += error
+                gradient["alignment.weight"][e] += np.outer(p["decoder.weight"].T @ error, h)
+                gradient["alignment.bias"][e] += p["decoder.weight"].T @ error
+            rate = config.learning_rate * 0.5 * (1 + np.cos(np.pi * step / total))
+            step += 1
+            for name in p:
+                if name == "decoder.weight":
+                    p[name] *= 1 - rate * config.weight_decay
+                mean[name] = 0.9 * mean[name] + 0.1 * gradient[name]
+                square[name] = 0.999 * square[name] + 0.001 * gradient[name] ** 2
+                p[name] -= rate * (mean[name] / (1 - 0.9**step)) / (np.sqrt(square[name] / (1 - 0.999**step)) + 1e-8)
+        epoch_losses.append(np.mean(losses))
+    return p, epoch_losses
+
+
+def test_fit_equals_a_float64_reference_written_by_hand(tmp_path):
+    config = DecoderConfig(epochs=3, batch_size=25, learning_rate=0.02, weight_decay=0.1, dim=2 * E)
+    examples = EmbeddingSet.from_rows(*embedding_rows())
+    model = start(dim=2 * E)
+    expected, losses = numpy_fit(model, examples.labelled(), config, seed=4)
+    log = MetricsLog(LocalStorage(tmp_path), "metrics.jsonl")
+
+    result = fit(model, examples, None, config, seed=4, sinks=TrainingSinks(log=log))
+
+    for name, value in weights(model).items():
+        np.testing.assert_allclose(value, expected[name], atol=2e-4, err_msg=name)
+    assert [row["loss"] for row in log.rows] == pytest.approx(losses, rel=1e-5)
+    assert result.final_loss == log.rows[-1]["loss"]
+    assert result.examples_seen == 3 * len(examples.labelled()) == log.rows[-1]["examples"]
+
+
+def test_fit_does_not_depend_on_the_order_of_rows():
+    ids, embeddings, experts, indices, offsets = embedding_rows()
+    order = np.random.default_rng(1).permutation(len(ids))
+    labels = [indices[offsets[row] : offsets[row + 1]] for row in order]
+    shuffled = (ids[order], embeddings[order], experts[order], np.concatenate(labels), np.cumsum([0, *map(len, labels)]))
+    config = DecoderConfig(epochs=2, batch_size=16)
+    models = start(), start()
+
+    fit(models[0], EmbeddingSet.from_rows(ids, embeddings, experts, indices, offsets), None, config, seed=0)
+    fit(models[1], EmbeddingSet.from_rows(*shuffled), None, config, seed=0)
+
+    assert_same_bits(weights(models[0]), weights(models[1]))
+
+
+def test_renumbering_experts_only_permutes_the_alignment():
+    ids, embeddings, experts, indices, offsets = embedding_rows()
+    new_number = np.array([2, 0, 1], dtype=np.int32)
+    config = DecoderConfig(epochs=3, batch_size=16)
+    model, renumbered = start(), start()
+
+    fit(model, EmbeddingSet.from_rows(ids, embeddings, experts, indices, offsets), None, config, seed=0)
+    fit(renumbered, EmbeddingSet.from_rows(ids, embeddings, new_number[experts], indices, offsets), None, config, seed=0)
+
+    expected = weights(model)
+    for name, value in weights(renumbered).items():
+        found = value[new_number] if name.startswith("alignment") else value
+        np.testing.assert_allclose(found, expected[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_after", [2, 7, 11, 17])
+@pytest.mark.parametrize("align", ["affine", "none"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, killed_after, align):
+    training = EmbeddingSet.from_rows(*embedding_rows(seed=0))
+    validation = EmbeddingSet.from_rows(*embedding_rows(seed=1, num_examples=40))
+    config = DecoderConfig(epochs=3, batch_size=12, checkpoint_every_steps=3, align=align)
+
+    def sinks(name: str, progress=None) -> TrainingSinks:
+        storage = LocalStorage(tmp_path / name)
+        return TrainingSinks(Checkpoints(storage, "checkpoints"), MetricsLog(storage, "metrics.jsonl"), progress)
+
+    def kill(progress):
+        if progress.step == killed_after:
+            raise KilledError
+
+    whole, resumed = start(align), start(align)
+    expected = fit(whole, training, validation, config, 0, sinks("whole"))
+    with pytest.raises(KilledError):
+        fit(start(align), training, validation, config, 0, sinks("killed", kill))
+    steps = []
+    result = fit(resumed, training, validation, config, 0, sinks("killed", lambda progress: steps.append(progress.step)))
+
+    assert steps[0] == killed_after // 3 * 3 + 1
+    assert_same_bits(weights(resumed), weights(whole))
+    assert result == expected
+    written = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "whole")]
+    assert written[0] == written[1]
+    rows = [json.loads(line) for line in written[0].splitlines()]
+    assert [row["epoch"] for row in rows if "validation_precision@1" in row] == [1, 2, 3]
+
+
+def test_checkpoints_of_another_fit_are_not_taken_up(tmp_path, caplog):
+    examples = EmbeddingSet.from_rows(*embedding_rows())
+    checkpoints = Checkpoints(LocalStorage(tmp_path), "checkpoints")
+    config = DecoderConfig(epochs=2, batch_size=12, checkpoint_every_steps=3)
+    fit(start(), examples, None, config, 0, TrainingSinks(checkpoints))
+    fresh, other = start(), start()
+
+    fit(fresh, examples, None, config, seed=1)
+    fit(other, examples, None, config, 1, TrainingSinks(checkpoints))
+
+    assert "belong to another fit" in caplog.text
+    assert_same_bits(weights(other), weights(fresh))
+
+
+def rotated_blobs(num_examples: int, seed: int) -> EmbeddingSet:
+    """One tag per blob; each expert sees the blobs through a rotation of its own."""
+    means, generator = np.random.default_rng(0).normal(size=(V, E)) * 2.5, np.random.default_rng(seed)
+    rotations = [np.linalg.qr(np.random.default_rng(9 + k).normal(size=(E, E)))[0] for k in range(K)]
+    tags, experts = generator.integers(0, V, num_examples), generator.integers(0, K, num_examples)
+    points = means[tags] + generator.normal(size=(num_examples, E))
+    embeddings = np.stack([rotations[k] @ point for k, point in zip(experts, points, strict=True)])
+    ids = generator.integers(0, 256, (num_examples, 16), dtype=np.uint8)
+    offsets = np.arange(num_examples + 1)
+    return EmbeddingSet.from_rows(ids, embeddings.astype(np.float16), experts.astype(np.int32), tags.astype(np.int32), offsets)
+
+
+def test_affine_alignment_recovers_the_optimum_where_none_cannot():
+    """The Bayes rule is the nearest mean once each expert's rotation is undone."""
+    training, test = rotated_blobs(4000, seed=1), rotated_blobs(1000, seed=2)
+    means = np.random.default_rng(0).normal(size=(V, E)) * 2.5
+    rotations = [np.linalg.qr(np.random.default_rng(9 + k).normal(size=(E, E)))[0] for k in range(K)]
+    undone = np.stack([rotations[k].T @ h for k, h in zip(test.experts_N, test.embeddings_NE.astype(float), strict=True)])
+    nearest = ((undone[:, None] - means[None]) ** 2).sum(-1).argmin(1)
+    optimum = (nearest == test.label_indices_L).mean()
+
+    found = {}
+    for align in ("affine", "none"):
+        model = SharedDecoder.initial(K, E, None, torch.zeros(V, E), torch.zeros(V), 0, align)
+        fit(model, training, None, DecoderConfig(epochs=8, batch_size=64, learning_rate=0.05, align=align), seed=0)
+        found[align] = evaluate(model, test).precision_at_1
+
+    assert optimum > 0.95
+    assert found["affine"] > optimum - 0.03
+    assert found["none"] < optimum - 0.2
+
+
+def test_embedding_set_sorts_by_the_bytes_of_the_id_and_keeps_rows_together():
+    ids, embeddings, experts, indices, offsets = embedding_rows()
+    examples = EmbeddingSet.from_rows(ids, embeddings, experts, indices, offsets)
+    order = sorted(range(len(ids)), key=lambda row: ids[row].tobytes())
+    for position, row in enumerate(order):
+        assert (examples.ids_N16[position] == ids[row]).all()
+        assert (examples.embeddings_NE[position] == embeddings[row]).all()
+        assert examples.experts_N[position] == experts[row]
+        found = examples.label_indices_L[examples.label_offsets[position] : examples.label_offsets[position + 1]]
+        assert found.tolist() == indices[offsets[row] : offsets[row + 1]].tolist()
+    assert (np.diff(examples.labelled().label_offsets) > 0).all()
+
+
+def test_bad_rows_are_refused():
+    ids, embeddings, experts, indices, offsets = embedding_rows()
+    with pytest.raises(ValueError, match="different numbers"):
+        EmbeddingSet.from_rows(ids[:-1], embeddings, experts, indices, offsets)
+    ids[0] = ids[1]
+    with pytest.raises(ValueError, match="twice"):
+        EmbeddingSet.from_rows(ids, embeddings, experts, indices, offsets)
+
+
+def test_impossible_fits_are_refused():
+    ids, embeddings, experts, indices, offsets = embedding_rows()
+    none = EmbeddingSet.from_rows(ids, embeddings, experts, indices[:0], np.zeros_like(offsets))
+    with pytest.raises(DataError, match="no training example has a tag"):
+        fit(start(), none, None, DecoderConfig(), 0)
+    with pytest.raises(ValueError, match=r"experts must be in \[0, 3\)"):
+        fit(start(), EmbeddingSet.from_rows(ids, embeddings, experts + 1, indices, offsets), None, DecoderConfig(), 0)
+    with pytest.raises(ValueError, match=r"tag indices must be in \[0, 8\)"):
+        fit(start(), EmbeddingSet.from_rows(ids, embeddings, experts, indices + 1, offsets), None, DecoderConfig(), 0)
+    with pytest.raises(HardmoeError, match=r"loss became nan in epoch 1 of 6; lower decoder\.learning_rate"):
+        examples = EmbeddingSet.from_rows(ids, embeddings, experts, indices, offsets)
+        fit(start(), examples, None, DecoderConfig(learning_rate=1e36, batch_size=8), 0)
+    row = int(np.argmax(np.diff(offsets)))
+    embeddings[row, 2] = np.inf
+    with pytest.raises(DataError, match=f"{ids[row].tobytes().hex()} is not finite: expert {experts[row]} diverged"):
+        fit(start(), EmbeddingSet.from_rows(ids, embeddings, experts, indices, offsets), None, DecoderConfig(), 0)
+
+
+def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].tobytes() == expected[name].tobytes(), name

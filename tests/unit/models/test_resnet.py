@@ -1,0 +1,56 @@
+"""The residual networks for small images, against the paper's tables and torchvision's block."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hardmoe.models.resnet import CIFAR_DEPTHS, PaddedShortcut, cifar_resnet, quicknet
+
+
+def num_parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_cifar_resnet_has_the_parameters_of_the_papers_table(depth: int, millions: float) -> None:
+    with_classifier = num_parameters(cifar_resnet(depth)) + 64 * 10 + 10
+    assert with_classifier / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+def test_cifar_resnet_has_as_many_layers_as_its_name_says(depth: int) -> None:
+    convolutions = [module for module in cifar_resnet(depth).modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(convolutions) + 1 == depth
+
+
+def test_cifar_resnet_refuses_other_depths() -> None:
+    with pytest.raises(ValueError, match="depth 21"):
+        cifar_resnet(21)
+
+
+@pytest.mark.parametrize(("width", "millions"), [(12, 0.37), (24, 1.08)])
+def test_quicknet_with_a_decoder_of_2000_tags_has_the_size_studied(width: int, millions: float) -> None:
+    network = quicknet(width)
+    decoder = network.num_features * 2000 + 2000
+    assert round((num_parameters(network) + decoder) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("size", [8, 15, 32])
+def test_quicknet_pools_images_of_any_size_into_features(size: int) -> None:
+    network = quicknet(4).eval()
+    assert network(torch.zeros(2, 3, size, size)).shape == (2, network.num_features) == (2, 32)
+
+
+def test_cifar_resnet_sees_the_full_resolution_and_halves_twice() -> None:
+    network = cifar_resnet(20, width=4).eval()
+    sizes = []
+    for module in (network.stem, *network.blocks):
+        module.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[-1]))
+    network(torch.zeros(1, 3, 32, 32))
+    assert sizes == [32] * 4 + [16] * 3 + [8] * 3
+
+
+def test_padded_shortcut_equals_one_by_one_pooling_with_zero_channels() -> None:
+    maps = torch.arange(2 * 3 * 5 * 5, dtype=torch.float32).reshape(2, 3, 5, 5)
+    expected = torch.cat([functional.avg_pool2d(maps, kernel_size=1, stride=2), torch.zeros(2, 4, 3, 3)], dim=1)
+    assert torch.equal(PaddedShortcut(4)(maps), expected)

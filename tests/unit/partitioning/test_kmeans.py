@@ -1,0 +1,237 @@
+"""Theorem 3: k-means recovers blobs, agrees with scikit-learn, and gives the same centroids whatever the sharding."""
+
+from itertools import pairwise
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans, kmeans_plusplus
+from sklearn.datasets import make_blobs
+from sklearn.metrics import adjusted_rand_score
+
+from hardmoe.errors import DataError
+from hardmoe.hashing import derive_seed
+from hardmoe.neighbours.assignment import assign
+from hardmoe.neighbours.faiss_engine import FaissEngine
+from hardmoe.neighbours.torch_engine import TorchEngine
+from hardmoe.partitioning.config import PartitionConfig
+from hardmoe.partitioning.kmeans import (
+    PassSums,
+    _SampleGrid,
+    fit,
+    has_converged,
+    refine,
+    refine_with,
+    scan_batch,
+    seed_centroids,
+    update,
+)
+
+ENGINE = FaissEngine()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    faiss.omp_set_num_threads(threads[1])
+
+
+def random_ids(rows, seed=0):
+    return np.random.default_rng(derive_seed(seed, "ids")).integers(0, 256, (rows, 16), dtype=np.uint8)
+
+
+def blobs(rows=1200, centers=8, dim=6, spread=0.3, seed=0):
+    features, labels = make_blobs(rows, dim, centers=centers, cluster_std=spread, random_state=seed)
+    return features.astype(np.float32), labels, random_ids(rows, seed)
+
+
+def scan_all(features, ids, engine=ENGINE, batch=10_000):
+    def scan(centroids):
+        parts = [
+            scan_batch(features[start : start + batch], ids[start : start + batch], centroids, engine)
+            for start in range(0, len(features), batch)
+        ]
+        return sum(parts, start=PassSums.zero(*centroids.shape))
+
+    return scan
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fit_recovers_blobs(seed):
+    features, labels, ids = blobs(seed=seed)
+    found = fit(features, ids, 8, seed=seed)
+    assert found.converged
+    assert adjusted_rand_score(labels, assign(features, found.centroids_KD, ENGINE).primary_N) == 1.0
+
+
+@settings(max_examples=15, deadline=None)
+@given(order_seed=st.integers(0, 2**32), batch_size=st.integers(7, 900))
+def test_fit_any_order_and_batch_size_gives_the_same_bytes(order_seed, batch_size):
+    features, _, ids = blobs(rows=600, spread=4.0)
+    expected = fit(features, ids, 8, seed=3)
+    order = np.random.default_rng(order_seed).permutation(600)
+    found = fit(features[order], ids[order], 8, seed=3, batch_size=batch_size)
+    assert found.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
+    assert found.objective_per_pass == expected.objective_per_pass
+
+
+def test_refine_with_other_engine_and_stored_sums_gives_the_same_bytes():
+    features, _, ids = blobs(spread=5.0)
+    start = seed_centroids(features, ids, 8, seed=0)
+    expected = refine_with(scan_all(features, ids), start, 20, 0.0)
+    torch_scan = scan_all(features, ids, TorchEngine("cpu"), batch=77)
+    found = refine_with(lambda centroids: PassSums.from_arrays(torch_scan(centroids).to_arrays()), start, 20, 0.0)
+    assert found.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
+    assert found.objective_per_pass == expected.objective_per_pass
+
+
+def test_refine_killed_between_passes_is_replayed_from_the_stored_sums():
+    features, _, ids = blobs(spread=5.0)
+    start, scan = seed_centroids(features, ids, 8, seed=0), scan_all(features, ids)
+    expected = refine_with(scan, start, 20, 0.0)
+    killed, stored = refine(start, 20, 0.0), []
+    number, centroids = next(killed)
+    while number < 4:
+        stored.append(scan(centroids))
+        number, centroids = killed.send(stored[-1])
+    replayed = iter(stored)
+    resumed = refine_with(lambda centroids: next(replayed, None) or scan(centroids), start, 20, 0.0)
+    assert len(expected.objective_per_pass) > 5
+    assert resumed.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
+    assert resumed.objective_per_pass == expected.objective_per_pass
+
+
+def test_refine_agrees_with_scikit_learn_from_the_same_start():
+    features, _, ids = blobs(rows=3000, spread=5.0)
+    start = seed_centroids(features, ids, 8, seed=1)
+    found = refine_with(scan_all(features, ids), start, 300, 0.0)
+    reference = KMeans(8, init=start.astype(np.float64), n_init=1, tol=0.0, max_iter=300, algorithm="lloyd")
+    reference.fit(features.astype(np.float64))
+    assert found.converged
+    assert found.objective_per_pass[-1] == pytest.approx(reference.inertia_, rel=1e-6)
+    np.testing.assert_allclose(found.centroids_KD, reference.cluster_centers_, rtol=1e-4, atol=1e-4)
+
+
+def test_refine_objective_never_rises_and_stops_at_the_tolerance():
+    features, _, ids = blobs(rows=2000, spread=6.0)
+    start = seed_centroids(features, ids, 8, seed=2)
+    loose = refine_with(scan_all(features, ids), start, 100, 1e-2)
+    strict = refine_with(scan_all(features, ids), start, 100, 0.0)
+    for objectives in (loose.objective_per_pass, strict.objective_per_pass):
+        assert all(after <= before * (1 + 1e-6) for before, after in pairwise(objectives))
+    assert len(loose.objective_per_pass) < len(strict.objective_per_pass)
+    assert not refine_with(scan_all(features, ids), start, 2, 0.0).converged
+
+
+def test_refine_starts_empty_clusters_at_the_farthest_distinct_points():
+    features = np.array([[0], [1], [10], [10], [30]], np.float32)
+    ids = random_ids(5)
+    start = np.array([[0], [-50], [-60], [-70]], np.float32)
+    found = refine_with(scan_all(features, ids), start, 20, 0.0)
+    # Cluster 0 moves to the mean of all rows, 10.2; the three new ones then take every row from it, and it starts anew too.
+    assert found.reseeded == [(0, 1), (0, 2), (0, 3), (1, 0)]
+    assert sorted(found.centroids_KD[:, 0].tolist()) == [0.0, 1.0, 10.0, 30.0]
+    assert found.objective_per_pass[-1] == 0.0
+    assert found.converged
+
+
+def test_refine_a_pass_that_started_a_cluster_anew_is_not_converged():
+    features, ids = np.array([[0], [1], [10], [10], [30]], np.float32), random_ids(5)
+    start = np.array([[0], [-50], [-60], [-70]], np.float32)
+    found = refine_with(scan_all(features, ids), start, 20, 0.9995)  # by the tolerance alone pass 1 (1101 -> 1) would do
+    assert found.objective_per_pass == [1101.0, 1.0, 0.25]
+
+
+def test_update_keeps_the_centroid_of_an_empty_cluster_when_no_point_is_left_over():
+    features, ids = np.zeros((3, 2), np.float32), random_ids(3)
+    centroids = np.array([[0, 0], [5, 5]], np.float32)
+    updated = update(scan_batch(features, ids, centroids, ENGINE), centroids)
+    assert (updated.empty, updated.reseeded) == ([1], [])
+    np.testing.assert_array_equal(updated.centroids_KD, centroids)
+
+
+@pytest.mark.parametrize(
+    ("previous", "objective", "tolerance", "expected"),
+    [
+        (None, 1.0, 0.5, False),
+        (100.0, 98.0, 0.01, False),
+        (100.0, 99.5, 0.01, True),
+        (5.0, 5.0, 0.0, True),
+        (0.0, 0.0, 0.0, True),
+    ],
+)
+def test_has_converged_compares_the_relative_change(previous, objective, tolerance, expected):
+    assert has_converged(previous, objective, tolerance) is expected
+
+
+def test_seed_centroids_any_order_gives_the_same_distinct_rows():
+    features, _, ids = blobs(spread=3.0)
+    expected = seed_centroids(features, ids, 12, seed=5)
+    order = np.random.default_rng(1).permutation(len(features))
+    assert seed_centroids(features[order], ids[order], 12, seed=5).tobytes() == expected.tobytes()
+    assert len(np.unique(expected, axis=0)) == 12
+    assert all((features == row).all(axis=1).any() for row in expected)
+    assert seed_centroids(features, ids, 12, seed=6).tobytes() != expected.tobytes()
+
+
+def test_seed_centroids_are_as_good_as_scikit_learns():
+    features, _, ids = blobs(rows=800, centers=20, spread=1.5)
+
+    def potential(centroids):
+        return assign(features, centroids.astype(np.float32), ENGINE).squared_distance_N.sum()
+
+    ours = np.mean([potential(seed_centroids(features, ids, 20, seed)) for seed in range(12)])
+    theirs = np.mean([potential(kmeans_plusplus(features, 20, random_state=seed)[0]) for seed in range(12)])
+    assert ours < 1.15 * theirs
+
+
+def test_sample_grid_distances_are_exact_integers_whatever_blas_does():
+    sample = np.random.default_rng(0).uniform(-1, 1, (60, 1500)).astype(np.float32)
+    grid = _SampleGrid(sample)
+    steps = grid._grid_SD.astype(np.int64)
+    expected = [np.square(steps - steps[row]).sum(axis=1).tolist() for row in (0, 1)]
+    assert grid.squared_distances([0, 1]).tolist() == expected
+
+
+@pytest.mark.parametrize("shift", [0.0, 4096.0])
+def test_seed_centroids_heavy_copies_still_find_every_distinct_point(shift):
+    distinct = np.arange(6, dtype=np.float32)[:, None] + np.float32(shift)
+    sample = distinct[np.r_[np.zeros(400, int), np.arange(6)]]
+    assert sorted(seed_centroids(sample, random_ids(406), 6, seed=0)[:, 0]) == sorted(distinct[:, 0])
+
+
+def test_seed_centroids_points_closer_than_the_grid_are_still_distinct():
+    sample = np.array([[0.0], [1e-30], [2e-30], [1.0], [1.0], [-0.0]], np.float32)
+    found = seed_centroids(sample, random_ids(6), 4, seed=0)
+    assert len(np.unique(found)) == 4
+
+
+@pytest.mark.parametrize(("rows", "distinct"), [(2, 2), (50, 3), (50, 1)])
+def test_seed_centroids_fewer_distinct_points_than_clusters_are_refused(rows, distinct):
+    sample = np.resize(np.arange(distinct, dtype=np.float32), rows)[:, None]
+    with pytest.raises(DataError, match=f"^4 experts .* holds {distinct}: lower partition.experts"):
+        seed_centroids(sample, random_ids(rows), 4, seed=0)
+
+
+def test_seed_centroids_non_finite_sample_is_refused():
+    with pytest.raises(DataError, match="NaN or infinity"):
+        seed_centroids(np.array([[0.0], [np.nan]], np.float32), random_ids(2), 1, seed=0)
+
+
+def test_fit_one_cluster_is_the_mean():
+    features, _, ids = blobs(spread=9.0)
+    found = fit(features, ids, 1, seed=0)
+    np.testing.assert_array_equal(found.centroids_KD[0], features.astype(np.float64).mean(axis=0).astype(np.float32))
+
+
+def test_partition_config_too_small_a_sample_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="raise it to 9 or more"):
+        PartitionConfig(experts=9, sample_size=8)
+    assert PartitionConfig.operational_fields() == set()

@@ -1,0 +1,139 @@
+"""The router: one rule for a row, alone or among others, before and after a trip through its files."""
+
+import json
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.preprocessing import normalize
+
+from hardmoe.errors import CorruptFileError, DataError
+from hardmoe.neighbours.faiss_engine import FaissEngine
+from hardmoe.neighbours.torch_engine import TorchEngine
+from hardmoe.partitioning.router import FeatureTransform, Router
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    faiss.omp_set_num_threads(threads[1])
+
+
+def random_router(kind="l2", experts=5, dim=12, seed=0):
+    centroids = np.random.default_rng(seed).standard_normal((experts, dim)).astype(np.float32)
+    return Router(FeatureTransform(kind), centroids)
+
+
+def random_features(rows, dim=12, seed=1):
+    return (np.random.default_rng(seed).standard_normal((rows, dim)) * 30).astype(np.float32)
+
+
+def brute_force(features, router):
+    rows = features.astype(np.float64)
+    if router.transform.kind == "l2":
+        rows = rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
+    rows = rows.astype(np.float32).astype(np.float64)
+    distances = ((rows[:, None] - router.centroids_KD.astype(np.float64)[None]) ** 2).sum(-1)
+    order = np.argsort(distances, axis=1, kind="stable")
+    return order[:, 0], order[:, 1], distances.min(axis=1)
+
+
+@pytest.mark.parametrize("kind", ["none", "l2"])
+@pytest.mark.parametrize("engine", [FaissEngine(), TorchEngine("cpu"), None], ids=["faiss", "torch", "chosen"])
+def test_route_equals_brute_force(kind, engine):
+    router, features = random_router(kind), random_features(500)
+    routed = router.route(features, engine)
+    primary, second, distances = brute_force(features, router)
+    np.testing.assert_array_equal(routed.primary_N, primary)
+    np.testing.assert_array_equal(routed.second_N, second)
+    np.testing.assert_array_equal(routed.squared_distance_N, distances)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 60), order_seed=st.integers(0, 1000))
+def test_route_any_batch_and_order_gives_the_same_answer(batch, order_seed):
+    router, features = random_router(experts=40, dim=3), random_features(120, dim=3)
+    whole = router.route(features)
+    order = np.random.default_rng(order_seed).permutation(120)
+    for start in range(0, 120, batch):
+        rows = order[start : start + batch]
+        part = router.route(features[rows])
+        np.testing.assert_array_equal(part.primary_N, whole.primary_N[rows])
+        np.testing.assert_array_equal(part.squared_distance_N, whole.squared_distance_N[rows])
+
+
+def test_transform_l2_matches_scikit_learn_and_keeps_zero():
+    features = np.concatenate([random_features(50), np.zeros((1, 12), np.float32)])
+    original = features.copy()
+    transformed = FeatureTransform("l2")(features)
+    np.testing.assert_allclose(transformed, normalize(features.astype(np.float64)), rtol=1e-7)
+    assert transformed.dtype == np.float32
+    np.testing.assert_array_equal(features, original)
+    tiny = FeatureTransform("l2")(np.full((1, 4), 1e-38, np.float32))  # the squares underflow in float32
+    np.testing.assert_array_equal(tiny, np.full((1, 4), 0.5, np.float32))
+
+
+def test_transform_l2_row_alone_equals_row_among_thousands():
+    features = random_features(5000, dim=97)
+    whole = FeatureTransform("l2")(features)
+    alone = np.concatenate([FeatureTransform("l2")(row[None]) for row in features])
+    assert alone.tobytes() == whole.tobytes()
+    fortran = FeatureTransform("l2")(np.asfortranarray(features))
+    np.testing.assert_array_equal(fortran, whole)
+
+
+def test_transform_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="unknown transform 'pca'"):
+        FeatureTransform("pca")
+
+
+@pytest.mark.parametrize("kind", ["none", "l2"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_route_non_finite_features_are_refused(kind, bad):
+    features = random_features(4)
+    features[2, 3] = bad
+    with pytest.raises(DataError, match="1 of 4 features"):
+        random_router(kind).route(features)
+
+
+def test_route_features_of_another_width_are_refused():
+    with pytest.raises(DataError, match="width 7 cannot be routed by centroids of width 12"):
+        random_router().route(random_features(2, dim=7))
+
+
+@pytest.mark.parametrize("kind", ["none", "l2"])
+def test_files_round_trip_gives_the_same_router_and_bytes(kind):
+    router = random_router(kind)
+    files = router.to_files()
+    again = Router.from_files(files)
+    assert sorted(files) == ["centroids.npy", "router.json", "transform.safetensors"]
+    assert again.centroids_KD.tobytes() == router.centroids_KD.tobytes()
+    assert again.transform == router.transform
+    assert again.to_files() == files
+    assert json.loads(files["router.json"])["experts"] == router.num_experts == 5
+
+
+@pytest.mark.parametrize("name", ["centroids.npy", "router.json", "transform.safetensors"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: None], ids=["cut", "empty", "gone"]
+)
+def test_from_files_damaged_file_is_refused(name, damage):
+    files = random_router().to_files()
+    damaged = damage(files.pop(name))
+    if damaged is not None:
+        files[name] = damaged
+    with pytest.raises(CorruptFileError, match="fit the router again"):
+        Router.from_files(files)
+
+
+def test_from_files_of_two_routers_is_refused():
+    files = random_router(experts=5).to_files() | {"centroids.npy": random_router(experts=6).to_files()["centroids.npy"]}
+    with pytest.raises(CorruptFileError, match="speaks of 5 experts"):
+        Router.from_files(files)

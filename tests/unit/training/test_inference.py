@@ -1,0 +1,52 @@
+"""Features of a stream: the same whatever pieces it comes in."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from hardmoe.models.backbones import Backbone, build_backbone, normalise_images
+from hardmoe.training.inference import predict_features
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.set_num_threads(1)
+    return build_backbone("quicknet_w4", image_size=8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (23, 3, 8, 8), dtype=np.uint8)
+
+
+def predict(backbone: Backbone, pieces: list[NDArray[np.uint8]], batch_size: int) -> NDArray[np.float32]:
+    return torch.cat(list(predict_features(backbone, pieces, batch_size, CPU))).numpy()
+
+
+def test_predict_features_equals_a_plain_forward_pass_in_evaluation_mode(backbone: Backbone, images: NDArray[np.uint8]) -> None:
+    backbone.eval()
+    with torch.inference_mode():
+        expected = backbone(normalise_images(torch.from_numpy(images))).numpy()
+    backbone.train()
+    np.testing.assert_allclose(predict(backbone, [images], 5), expected, rtol=1e-4, atol=1e-5)
+    assert backbone.training
+    assert backbone.network.stem[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("bounds", [[], [1, 2, 3], [10], [5, 5, 20]])
+def test_predict_features_has_the_same_bits_however_the_stream_is_cut(
+    backbone: Backbone, images: NDArray[np.uint8], bounds: list[int]
+) -> None:
+    assert np.array_equal(predict(backbone, np.split(images, bounds), 8), predict(backbone, [images], 8))
+
+
+def test_features_of_an_image_have_the_same_bits_alone_and_among_others(backbone: Backbone, images: NDArray[np.uint8]) -> None:
+    alone = np.concatenate([predict(backbone, [images[row : row + 1]], 8) for row in range(10)])
+    assert np.array_equal(alone, predict(backbone, [images], 8)[:10])
+
+
+def test_predict_features_of_nothing_is_nothing(backbone: Backbone) -> None:
+    assert list(predict_features(backbone, [], 8, CPU)) == []
