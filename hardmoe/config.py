@@ -25,7 +25,7 @@ class Config(BaseModel):
     """A strict, frozen section of the recipe: unknown keys are refused, every field has a docstring."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
     @classmethod

@@ -6,6 +6,7 @@ language of their own, and defaults spread over several files.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +30,7 @@ DEFAULT_PATH = "hardmoe.yaml"
 class Recipe(Config):
     """What to build, and separately where and how."""
 
-    root: str = operational("runs/hardmoe")
+    root: str = operational("runs/hardmoe", min_length=1)
     """Directory (path or URI) of the run; relative to the current directory."""
     reuse: list[str] = operational(default_factory=list)
     """Roots of other runs, to take an artifact from when its fingerprint is the same."""
@@ -54,12 +55,14 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        own = self.experts.backbone not in (None, self.trunk.backbone)
-        if own and self.experts.init == "trunk":
-            raise ValueError(
-                f"experts.init is 'trunk' but experts.backbone '{self.experts.backbone}' is not the trunk's "
-                f"'{self.trunk.backbone}'; set experts.init: random, or leave experts.backbone out"
-            )
+        if self.experts.init == "trunk" and self.experts.backbone is not None:
+            for key in ("backbone", "stem"):
+                own, trunk = getattr(self.experts, key), getattr(self.trunk, key)
+                if own != trunk:
+                    raise ValueError(
+                        f"experts.init is 'trunk' but experts.{key} '{own}' is not the trunk's '{trunk}'; "
+                        "set experts.init: random, or leave experts.backbone out"
+                    )
         return self
 
     def what(self) -> dict[str, Any]:
@@ -106,24 +109,63 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return body
     if not isinstance(base, str):
-        raise RecipeError(f"{path}: 'extends' must be the path of one recipe, not {base!r}")
+        raise RecipeError(f"{path}: 'extends' must be the path of one recipe, not {_shown(base)}")
+    if not (path.parent / base).exists():
+        raise RecipeError(f"{path}: 'extends' names {path.parent / base}, which does not exist; correct the path or take it out")
     return _merged(_read_extended(path.parent / base, (*seen, resolved)), body)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+        body = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"there is no recipe {path}; name one with -f FILE, or write one with 'hardmoe init'") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}; give a readable YAML file in UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}; give a readable YAML file") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {path} is not text in UTF-8; give a YAML file") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path} is not valid YAML{_yaml_problem(error)}") from error
     if body is None:
         return {}
     if not isinstance(body, dict):
-        raise RecipeError(f"{path} must be a mapping of sections such as 'dataset:', not a {type(body).__name__}")
-    return body
+        raise RecipeError(f"{path} must be a mapping of sections such as 'dataset:', not {_shown(body)}")
+    if (odd := next((key for key in body if not isinstance(key, str)), None)) is not None:
+        raise RecipeError(f"{path}: unknown key {_shown(odd)}; {_nearest([str(odd)])}")
+    # A section whose keys are all commented out reads as null: it says nothing.
+    return {key: value for key, value in body.items() if value is not None or _section(key) is None}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without its two traps: `1e-4` is a number, and of a key given twice neither is dropped in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key_node.value}' is given twice; keep one", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789"))
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without YAML's excerpt of the text."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return f": {' '.join(str(error).split())}"
+    mark = error.problem_mark
+    where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+    hint = "; indent with spaces, not tabs" if "'\\t'" in error.problem else ""
+    return f"{where}: {error.problem}{hint}"
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,35 +188,92 @@ def _override(body: dict[str, Any], text: str) -> None:
             raise RecipeError(f"--set {text!r}: '{section}' is a value, not a section")
         body = inner
     try:
-        body[last] = yaml.safe_load(value)
+        body[last] = _parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"--set {text!r}: the value is not valid YAML{_yaml_problem(error)}; quote it") from error
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake as one sentence, and how many more there are."""
+    """The first mistake as one sentence, and how many other keys have one."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    location = [str(part) for part in first["loc"]]
+    location = _location(first["loc"])
     key = ".".join(location)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    others = {".".join(_location(problem["loc"])) for problem in problems} - {key}
+    more = f" (and {len(others)} more {'mistake' if len(others) == 1 else 'mistakes'})" if others else ""
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'; {_nearest(location)}{more}"
     if first["type"] == "value_error":
         sentence = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
         return f"{key + ': ' if key else ''}{sentence}{more}"
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}{more}"
+    same = [problem for problem in problems if _location(problem["loc"]) == location]
+    # A key that may be one of several kinds has a complaint of each kind; one that merely misses a bound fits best.
+    bound = [problem for problem in same if problem["type"] in _BOUNDS]
+    wishes = list(dict.fromkeys(_wish(problem) for problem in bound or same))
+    return f"{key} must be {' or '.join(wishes)}, not {_shown(_value_at(first, same))}{more}"
+
+
+_BOUNDS = {"greater_than_equal": "at least {ge}", "greater_than": "more than {gt}"}
+_BOUNDS |= {"less_than_equal": "at most {le}", "less_than": "less than {lt}", "finite_number": "a finite number"}
+_BOUNDS |= {"string_too_short": "at least {min_length} character long"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text",
+    "bool": "true or false",
+    "list": "a list, as in [a, b]",
+    "model": "a section with keys of its own",
+    "dict": "a section with keys of its own",
+    "none": "null",
+    "literal": "{expected}",
+}
+
+
+def _wish(problem: Any) -> str:
+    """What a key must be, from pydantic's complaint about it."""
+    kind: str = problem["type"]
+    context = {name: f"{value:g}" if isinstance(value, float) else value for name, value in problem.get("ctx", {}).items()}
+    template = _BOUNDS.get(kind) or _KINDS.get(kind.partition("_")[0])
+    return template.format(**context) if template else str(problem["msg"])
+
+
+def _location(loc: Sequence[int | str]) -> list[str]:
+    """The key that pydantic means, or the entry of a list; without the alternatives of a union."""
+    location: list[str] = []
+    section: type[BaseModel] | None = Recipe
+    for part in loc:
+        if section is None:
+            if isinstance(part, int):
+                location[-1] += f"[{part}]"
+            break
+        location.append(str(part))
+        section = _model(section.model_fields[part].annotation) if part in section.model_fields else None
+    return location
+
+
+def _value_at(first: Any, same: Sequence[Any]) -> Any:
+    """The whole value of the key, where the complaints are about pieces of it."""
+    return min(same, key=lambda problem: len(problem["loc"]))["input"] if same else first["input"]
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it in YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True).removesuffix("\n")
+    text = text.removesuffix("\n...").strip()
+    if isinstance(value, str):
+        text = f"'{value}'"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _nearest(location: Sequence[str]) -> str:
     section: type[BaseModel] = Recipe
     for part in location[:-1]:
-        inner = section.model_fields[part].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        inner = _model(section.model_fields[part].annotation)
+        assert inner is not None
         section = inner
     names = list(section.model_fields)
-    close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-    elsewhere = [f"{name}.{location[-1]}" for name, field in Recipe.model_fields.items() if _has(field.annotation, location[-1])]
+    close = difflib.get_close_matches(location[-1], names, n=1)
+    elsewhere = [f"{name}.{location[-1]}" for name in Recipe.model_fields if location[-1] in _keys_of(name)]
     if close:
         return f"did you mean '{'.'.join((*location[:-1], close[0]))}'?"
     if elsewhere:
@@ -182,5 +281,16 @@ def _nearest(location: Sequence[str]) -> str:
     return f"the keys here are {', '.join(names)}"
 
 
-def _has(annotation: Any, name: str) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and name in annotation.model_fields
+def _model(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _section(key: str) -> type[BaseModel] | None:
+    """The model of a section of the recipe, None if the key is no section."""
+    field = Recipe.model_fields.get(key)
+    return None if field is None else _model(field.annotation)
+
+
+def _keys_of(key: str) -> list[str]:
+    section = _section(key)
+    return [] if section is None else list(section.model_fields)

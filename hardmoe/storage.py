@@ -11,17 +11,20 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from hardmoe.errors import CorruptFileError, StorageError
 
 _TEMPORARY = ".tmp-"
+_LOCK = ".tmp-lock"
+_ABANDONED_SECONDS = 3600.0
+"""A temporary file that nobody has written to for so long is no write in progress."""
 
 
 class OutputFile(Protocol):
@@ -55,18 +58,23 @@ class Storage(Protocol):
     def list(self, prefix: str) -> list[str]: ...  # noqa: D102
     def move(self, source: str, target: str) -> None: ...  # noqa: D102
     def delete_tree(self, path: str) -> None: ...  # noqa: D102
+    def sweep(self, prefix: str) -> None: ...  # noqa: D102
 
 
 def open_storage(uri: str) -> Storage:
     """Open a root given as a path or a `file://` URI.
 
     Raises:
-        StorageError: the scheme is not one that hardmoe can use.
+        StorageError: the URI is empty, or its scheme is not one that hardmoe can use.
     """
-    scheme = urlsplit(uri).scheme
-    if scheme in ("", "file"):
-        return LocalStorage(Path(urlsplit(uri).path if scheme else uri))
-    raise StorageError(f"cannot use the root '{uri}': the scheme '{scheme}://' is not supported; give a local path")
+    if not uri.strip():
+        raise StorageError("the root is empty; give a directory, such as runs/photos")
+    parts = urlsplit(uri)
+    if not parts.scheme:
+        return LocalStorage(Path(uri).expanduser())
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return LocalStorage(Path(unquote(parts.path)))
+    raise StorageError(f"cannot use the root '{uri}': '{parts.scheme}://{parts.netloc}' is not supported; give a local path")
 
 
 def join(*parts: str) -> str:
@@ -111,16 +119,18 @@ class LocalStorage:
     def open_output(self, path: str) -> Iterator["HashedFile"]:
         """Write a file piece by piece; it appears under its name when the block ends without an exception."""
         target = self.local_path(path)
-        with self._temporary(target) as temporary, _translated("write", target):
-            with HashedFile(temporary) as out:
+        with self._temporary(target) as temporary:
+            # An OSError of the block's own (a source that vanished) is not about this file and passes as it is.
+            with HashedFile(temporary, target) as out:
                 yield out
-            temporary.replace(target)
+            with _translated("write", target):
+                temporary.replace(target)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file unless there is one; False, and nothing written, if there is. Exactly one of many racing callers wins."""
         target = self.local_path(path)
         with self._temporary(target) as temporary, _translated("write", target):
-            with HashedFile(temporary) as out:
+            with HashedFile(temporary, target) as out:
                 out.write(data)
             try:
                 os.link(temporary, target)
@@ -153,36 +163,51 @@ class LocalStorage:
     def list(self, prefix: str) -> list[str]:
         """Sorted paths, relative to the prefix, of all files below it; unfinished writes are left out."""
         top = self.local_path(prefix)
-        found = [
-            (Path(directory) / name).relative_to(top).as_posix()
-            for directory, _, names in os.walk(top)
-            for name in names
-            if not name.startswith(_TEMPORARY)
-        ]
-        return sorted(found)
+        with _translated("list", top):
+            return sorted(p.relative_to(top).as_posix() for p in _walk_files(top) if not p.name.startswith(_TEMPORARY))
 
     def move(self, source: str, target: str) -> None:
         """Rename a file, replacing what is there."""
-        to = self.local_path(target)
+        origin, to = self.local_path(source), self.local_path(target)
         with _translated("write", to):
             to.parent.mkdir(parents=True, exist_ok=True)
-            self.local_path(source).replace(to)
+        with _translated("move", origin):
+            origin.replace(to)
 
     def delete_tree(self, path: str) -> None:
-        """Delete a file or a directory with all below it; nothing happens if there is none."""
+        """Delete a file or a directory with all below it; nothing happens if there is none.
+
+        A worker that was cut off may go on writing below; the directories that it fills meanwhile stay.
+        """
         target = self.local_path(path)
         with _translated("delete", target):
-            if target.is_dir():
-                # A worker that is cut off may still be writing below; what it leaves is swept at the next commit.
-                shutil.rmtree(target, ignore_errors=True)
-            else:
+            if not target.is_dir():
                 target.unlink(missing_ok=True)
+                return
+            for directory, directories, names in os.walk(target, topdown=False, onerror=_raise_unless_gone):
+                for name in [*names, *(d for d in directories if (Path(directory) / d).is_symlink())]:
+                    (Path(directory) / name).unlink(missing_ok=True)
+                _remove_if_empty(Path(directory))
+
+    def sweep(self, prefix: str) -> None:
+        """Delete what writers that were killed left half-written below a prefix, an hour or more ago."""
+        top = self.local_path(prefix)
+        with _translated("delete", top):
+            for path in _walk_files(top):
+                if path.name.startswith(_TEMPORARY) and path.name != _LOCK:
+                    with contextlib.suppress(FileNotFoundError):
+                        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                            path.unlink()
 
     @contextlib.contextmanager
     def _temporary(self, target: Path) -> Iterator[Path]:
         temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         with _translated("write", target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:
+                # Pseudo file systems such as /proc say so of every name.
+                raise StorageError(f"cannot write {target}: no directory can be made there; choose another root") from error
         try:
             yield temporary
         finally:
@@ -198,17 +223,59 @@ class LocalStorage:
             yield False
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            descriptor = _flocked(descriptor, directory)
             yield True
         finally:
             os.close(descriptor)
 
 
-class HashedFile:
-    """A new local file that counts and hashes what passes through, and reaches the disk before it is closed."""
+def _flocked(descriptor: int, directory: Path) -> int:
+    """Lock the open directory; or, where the mount locks only files open for writing (NFS does), a small file in it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL):
+            raise
+    file = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    os.close(descriptor)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
+
+def _walk_files(top: Path) -> Iterator[Path]:
+    for directory, _, names in os.walk(top, onerror=_raise_unless_gone):
+        for name in names:
+            yield Path(directory) / name
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """What `os.walk` may pass over: a directory that does not exist, or that another process deleted meanwhile."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _remove_if_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError as error:
+        # ENOTDIR: the directory that was to be deleted is a link to another disk; its content is gone, the link stays.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
+            raise
+
+
+class HashedFile:
+    """A new local file that counts and hashes what passes through, and reaches the disk before it is closed.
+
+    Args:
+        path: the file, which must not exist.
+        target: the name that error messages use.
+    """
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self._target = target
+        with _translated("write", target):
+            self._file = path.open("xb")
         self._digest = hashlib.sha256()
         self.size = 0
         self.closed = False
@@ -222,11 +289,13 @@ class HashedFile:
         """Append bytes."""
         self._digest.update(data)
         self.size += memoryview(data).nbytes
-        return self._file.write(data)
+        with _translated("write", self._target):
+            return self._file.write(data)
 
     def flush(self) -> None:
         """Hand buffered bytes to the system; pyarrow's writers call this."""
-        self._file.flush()
+        with _translated("write", self._target):
+            self._file.flush()
 
     def writable(self) -> bool:
         """Always true; pyarrow asks."""
@@ -253,10 +322,13 @@ class HashedFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                with _translated("write", self._target):
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
         finally:
-            self._file.close()
+            # What the buffer still holds is of no interest on a disk that refused it.
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def sha256_of(storage: Storage, path: str, chunk_bytes: int = 1 << 20) -> str:
@@ -276,7 +348,9 @@ def _translated(verb: str, path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise StorageError(f"cannot {verb} {path}: there is no such file") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise StorageError(f"cannot {verb} {path}: something else stands in its place ({error.strerror})") from error
+        raise StorageError(
+            f"cannot {verb} {path}: something else stands in its place ({error.strerror}); move it away, or choose another root"
+        ) from error
     except OSError as error:
         raise _explained(verb, path, error) from error
 

@@ -32,30 +32,83 @@ class Holder:
 
     host: str
     boot: str
+    """One boot of one machine, and one process table on it: containers share the former and not the latter."""
     pid: int
     started: float
+    """Start of the process on a clock of the boot's own; tells a process from a later one with the same number."""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} on {self.host}" if self.pid else "an unknown process (its lease cannot be read)"
+
+
+_UNKNOWN = Holder("", "", 0, 0.0)
 
 
 def this_process() -> Holder:
     """The calling process as a holder."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    boot = boot_id.read_text().strip() if boot_id.exists() else str(psutil.boot_time())
-    return Holder(socket.gethostname(), boot, os.getpid(), psutil.Process().create_time())
+    process = _process(os.getpid())
+    assert process is not None
+    return Holder(socket.gethostname(), _boot(), os.getpid(), process.started)
 
 
 def is_dead(holder: Holder) -> bool:
     """Whether the holder certainly runs no more: same boot of the same host, and no such process."""
-    here = this_process()
-    if (holder.host, holder.boot) != (here.host, here.boot):
+    if (holder.host, holder.boot) != (socket.gethostname(), _boot()):
         return False
+    process = _process(holder.pid)
+    if process is None:
+        return not _is_hidden(holder.pid)
+    return process.zombie or process.started != holder.started
+
+
+@dataclass(frozen=True)
+class _Process:
+    started: float
+    zombie: bool
+
+
+def _boot() -> str:
     try:
-        process = psutil.Process(holder.pid)
-        return bool(process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - holder.started) > 1.0)
-    except psutil.NoSuchProcess:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot_id} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return str(psutil.boot_time())
+
+
+def _process(pid: int) -> _Process | None:
+    """What the process table says; None if there is no such process.
+
+    Linux is asked itself: psutil adds the boot's wall-clock time to the start, and that moves with every correction of the
+    clock, so that a living holder would look like a later process of the same number.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return _process_elsewhere(pid) if not Path("/proc/self/stat").exists() else None
+    except ProcessLookupError:
+        return None
+    # The name, in parentheses, may hold spaces and parentheses; state is the first field after it, start time the 20th.
+    fields = stat.rpartition(")")[2].split()
+    return _Process(float(fields[19]), fields[0] in "ZX")
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is a process of another user that the process table does not show us (mount option `hidepid`)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
         return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return False
+
+
+def _process_elsewhere(pid: int) -> _Process | None:
+    try:
+        process = psutil.Process(pid)
+        return _Process(process.create_time(), process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return None
 
 
 @dataclass
@@ -97,7 +150,7 @@ class Lease:
             LeaseError: another process took it over.
         """
         with self._lock:
-            if not self._lost and self._storage.exists(self._path) and self._storage.read_bytes(self._path) == self._content:
+            if not self._lost and _read(self._storage, self._path) == self._content:
                 return
         raise LeaseError(
             f"{self._storage.uri}/{self._path} was taken over by another process while this one was silent; "
@@ -143,18 +196,19 @@ class LeaseObserver:
         """Take the artifact's lease, or say who holds it; never waits."""
         path = join(artifact, LEASE_NAME)
         mine = _Content(secrets.token_hex(16), 0, this_process()).to_bytes()
-        if self._storage.create(path, mine):
-            return Lease(self._storage, path, mine, self._heartbeat)
-        try:
-            theirs = self._storage.read_bytes(path)
-        except StorageError:
-            # Released between the two calls: it counts as held until the next try.
-            return this_process()
-        content = _parse(theirs)
-        gone = content is None or is_dead(content.holder) or self._expired(path, theirs)
-        if gone and self._storage.replace(path, theirs, mine):
-            return Lease(self._storage, path, mine, self._heartbeat)
-        return content.holder if content is not None else this_process()
+        while True:
+            theirs = _read(self._storage, path)
+            if theirs is None:
+                taken = self._storage.create(path, mine)
+            else:
+                content = _parse(theirs)
+                if not (content is not None and is_dead(content.holder)) and not self._expired(path, theirs):
+                    return content.holder if content is not None else _UNKNOWN
+                taken = self._storage.replace(path, theirs, mine)
+            if taken:
+                self._seen.pop(path, None)
+                return Lease(self._storage, path, mine, self._heartbeat)
+            # Another process took or gave back the lease between our look and our write: look again.
 
     def _expired(self, path: str, content: bytes) -> bool:
         """Whether this very content has been there for the time-to-live, on our own clock."""
@@ -168,8 +222,19 @@ class LeaseObserver:
 
 def lease_holder(storage: Storage, artifact: str) -> Holder | None:
     """Who holds an artifact's lease, for display; None if nobody does or the holder is known to be dead."""
-    path = join(artifact, LEASE_NAME)
+    data = _read(storage, join(artifact, LEASE_NAME))
+    if data is None:
+        return None
+    content = _parse(data)
+    return content.holder if content is not None and not is_dead(content.holder) else None
+
+
+def _read(storage: Storage, path: str) -> bytes | None:
+    """The lease file, or None if there is none."""
     if not storage.exists(path):
         return None
-    content = _parse(storage.read_bytes(path))
-    return content.holder if content is not None and not is_dead(content.holder) else None
+    try:
+        return storage.read_bytes(path)
+    except StorageError:
+        # Given back between the two calls, and perhaps taken again since; a mount that cannot be read fails here as well.
+        return storage.read_bytes(path) if storage.exists(path) else None

@@ -1,5 +1,6 @@
 """What commands share: the recipe with its overrides, a plain table."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ from hardmoe.recipe import DEFAULT_PATH, Recipe, load_recipe, parse_recipe
 from hardmoe.storage import Storage, open_storage
 
 RECIPE_FILE = "recipe.yaml"
+_OPTION_KEYS = {
+    "root": "root",
+    "backend": "execution.backend",
+    "address": "execution.address",
+    "parallel": "execution.parallel",
+}
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
     """The recipe that a command's options ask for."""
     overrides = list(options["overrides"])
-    for option, key in (("root", "root"), ("backend", "execution.backend"), ("address", "execution.address")):
+    for option, key in _OPTION_KEYS.items():
         if options.get(option) is not None:
-            overrides.append(f"{key}={options[option]}")
-    if options.get("parallel") is not None:
-        overrides.append(f"execution.parallel={options['parallel']}")
+            # As JSON, which is YAML: `--root 2024` is a directory and not a number.
+            overrides.append(f"{key}={json.dumps(options[option])}")
     return load_recipe(options["recipe_path"] or Path(DEFAULT_PATH), overrides)
 
 

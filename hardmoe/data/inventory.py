@@ -1,23 +1,26 @@
 """The identity of an external source: a digest of its sorted list of (name, size, content digest).
 
 Content decides, never paths or times; but a file whose size and modification time stand as they did is not read again, so
-looking at a finished run costs a listing. Rejected: trusting the times themselves, which a copy or a checkout changes.
+looking at a finished run costs a listing. The list itself is kept with the finished dataset, so that a changed source can be
+told by its files' names and not by two digests. Rejected: trusting the times themselves, which a copy or a checkout changes.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hardmoe.artifacts.fingerprint import digest
 from hardmoe.data.sources.base import SourceFile
-from hardmoe.errors import DataError
+from hardmoe.errors import DataError, StorageError
 from hardmoe.storage import Storage
 
 CACHE_PATH = "dataset/_progress/inventory.json"
 _THREADS = 4
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,16 @@ class Inventory:
     def digest(self) -> str:
         """Hexadecimal SHA-256 over the sorted names, sizes and contents."""
         return digest([[name, size, sha256] for name, (size, sha256) in sorted(self.files.items())])
+
+    def changes_since(self, earlier: "Inventory") -> str:
+        """Which files changed, appeared or vanished: `changed: 3.parquet; vanished: 4.parquet, 5.parquet`."""
+        common = self.files.keys() & earlier.files.keys()
+        kinds = {
+            "changed": [name for name in common if self.files[name] != earlier.files[name]],
+            "appeared": self.files.keys() - common,
+            "vanished": earlier.files.keys() - common,
+        }
+        return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
 
 
 def take_inventory(files: Sequence[SourceFile], storage: Storage) -> Inventory:
@@ -43,8 +56,16 @@ def take_inventory(files: Sequence[SourceFile], storage: Storage) -> Inventory:
         fresh = dict(zip(map(_key, changed), pool.map(_sha256, changed), strict=True))
     known = {_key(file): fresh.get(_key(file)) or cache[_key(file)] for file in files}
     if known != cache:
-        storage.write_bytes(CACHE_PATH, (json.dumps(known, indent=0, sort_keys=True) + "\n").encode())
+        # Only a cache: a finished run on a read-only or full disk can still be looked at, and anything else fails by itself.
+        with suppress(StorageError):
+            storage.write_bytes(CACHE_PATH, (json.dumps(known, indent=0, sort_keys=True) + "\n").encode())
     return Inventory({file.name: (file.size, known[_key(file)]) for file in files})
+
+
+def _listed(names: Iterable[str]) -> str:
+    chosen = sorted(names)
+    more = len(chosen) - _NAMED
+    return ", ".join(chosen[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _key(file: SourceFile) -> str:

@@ -10,6 +10,8 @@ ORIGIN = pa.schema([("example_id", ID_TYPE), ("source_uri", pa.string())])
 """`dataset/origin`: where every copy of an example came from."""
 QUARANTINE = pa.schema([("source_uri", pa.string()), ("reason", pa.string())])
 """`dataset/quarantine`: rows that could not be used, and why."""
+SOURCE_FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("sha256", pa.string())])
+"""`dataset/source.parquet`: the external files that the examples came from; their digest identifies the source."""
 INGESTED = pa.schema(
     [
         ("content_id", ID_TYPE),

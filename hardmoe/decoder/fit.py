@@ -234,8 +234,6 @@ class _Fit:
                     seen = self._examples_seen()
                     rate = (seen - first_seen) / max(time.monotonic() - began, 1e-9)
                     self.sinks.progress(TrainingProgress(self.step, self.total_steps, seen, self.final_loss, rate))
-        if self.sinks.log:
-            self.sinks.log.flush()
 
     def resume(self) -> None:
         """Take up the newest checkpoint of this fit; those of another fit are deleted."""
@@ -258,7 +256,7 @@ class _Fit:
                     "exp_avg_sq": checkpoint.tensors[f"square.{name}"].to(self.device),
                 }
         if self.sinks.log:
-            self.sinks.log.cut_back(self.step)
+            self.sinks.log.restore(checkpoint.state["rows"] if checkpoint else ())
 
     def _advance(self, batch: EmbeddingSet) -> None:
         for group in self.optimizer.param_groups:
@@ -301,14 +299,13 @@ class _Fit:
         every, checkpoints = self.config.checkpoint_every_steps, self.sinks.checkpoints
         if checkpoints is None or every is None or self.step % every:
             return
-        if self.sinks.log:
-            self.sinks.log.flush()  # before the commit: rows beyond a checkpoint are cut back, missing ones would be lost
+        rows = self.sinks.log.rows if self.sinks.log else []
         tensors = {"loss_sum": self.loss_sum}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]
             tensors |= {f"model.{name}": parameter, f"mean.{name}": moments["exp_avg"], f"square.{name}": moments["exp_avg_sq"]}
         state = {"final_loss": self.final_loss, "validation_precision_at_1": self.validation_precision_at_1}
-        checkpoints.save(self.step, tensors, {"fit": self.digest, **state})
+        checkpoints.save(self.step, tensors, {"fit": self.digest, "rows": rows, **state})
 
     def _digest(self) -> str:
         """Names the fit that a checkpoint belongs to: config, seed, examples and start."""

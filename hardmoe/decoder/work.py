@@ -12,7 +12,6 @@ from hardmoe.decoder.config import DecoderConfig
 from hardmoe.decoder.fit import EmbeddingSet, fit
 from hardmoe.models.shared_decoder import DECODER_FILE, SharedDecoder
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
-from hardmoe.storage import join
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.loop import TrainingSinks
@@ -39,7 +38,7 @@ class DecoderWork:
         model = SharedDecoder.initial(
             experts, embeddings.payload["dim"], config.dim, start["decoder.weight"], start["decoder.bias"], seed, config.align
         ).to(unit_device(context))
-        log = MetricsLog(context.storage, join(context.stage.name, METRICS_FILE))
+        log = MetricsLog()
         checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
         sinks = TrainingSinks(checkpoints, log, progress_teller(context, config.checkpoint_every_steps))
         result = fit(model, training, validation, config, seed, sinks)
@@ -47,7 +46,7 @@ class DecoderWork:
         with context.output(DECODER_FILE) as out:
             out.write(safetensors.torch.save(tensors))
         with context.output(METRICS_FILE) as out:
-            out.write(context.storage.read_bytes(join(context.stage.name, METRICS_FILE)))
+            out.write(log.to_bytes())
         return {
             "experts": experts,
             "num_features": embeddings.payload["dim"],

@@ -16,7 +16,9 @@ from hardmoe.stage import Completion, FileEntry, Finished, Phase, Stage, load_wo
 from hardmoe.storage import Storage, join
 
 _PROVENANCE_UNITS = 2000
-_KEPT_DIRECTORIES = ("_progress/", "checkpoints/")
+_PROGRESS = "_progress"
+_KEPT_DIRECTORIES = (f"{_PROGRESS}/", "checkpoints/")
+_KEPT_PROGRESS = ("logs", "lease.json", "status.json")
 
 
 class _Driver(StageContext):
@@ -53,6 +55,7 @@ class Build:
         self.phases_done = 0
         self.finished: Finished | None = None
         self._completions: dict[str, Completion] = {}
+        self._replayed: dict[str, list[str]] = {}
 
     def start(self) -> list[UnitTask]:
         """Run the stage's code up to the first phase with something left to do; returns its tasks."""
@@ -70,18 +73,20 @@ class Build:
         return len(self._completions)
 
     def commit(self) -> Artifact:
-        """Move every file to its final name, write provenance and record, and sweep what is left of the build."""
+        """Move every file to its final name, write provenance and record, and sweep what is left of this build and others."""
         assert self.finished is not None
         self.lease.check()
+        # The units of this very replay: a completion that the stage's code asks for no more vouches for nothing.
         stored = [
-            load_completion(self._storage, join(self.paths.done(""), name)) for name in self._storage.list(self.paths.done(""))
+            load_completion(self._storage, self.paths.done(phase, unit))
+            for phase, units in sorted(self._replayed.items())
+            for unit in sorted(units)
         ]
-        files = [entry for item in stored for entry in self._publish(item)]
+        files = self._files(stored)
+        for item in stored:
+            self._publish(item)
         for path, data in self.finished.files.items():
             self._storage.write_bytes(join(self.stage.name, path), data)
-            files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
-        if len({entry.path for entry in files}) != len(files):
-            raise ValueError(f"{self.stage.name}: two units wrote a file of the same name")
         self._sweep_unvouched({entry.path for entry in files})
         record = Record(
             kind=self.stage.kind,
@@ -93,8 +98,20 @@ class Build:
             payload=self.finished.payload,
         )
         artifact = self._store.commit(self.stage.name, record, self._provenance(stored))
-        self._storage.delete_tree(self.paths.top)
+        sweep_builds(self._storage, self.stage.name)
         return artifact
+
+    def _files(self, stored: list[StoredCompletion]) -> list[FileEntry]:
+        """All files of the artifact; refuses, before anything is moved, that two units wrote the same one."""
+        assert self.finished is not None
+        own = [FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in self.finished.files.items()]
+        writer: dict[str, str] = {}
+        for unit, entries in [*((item.completion.unit, item.completion.files) for item in stored), ("the finish", own)]:
+            for entry in entries:
+                if entry.path in writer:
+                    raise ValueError(f"{self.stage.name}: '{entry.path}' was written by {writer[entry.path]} and by {unit}")
+                writer[entry.path] = unit
+        return [entry for item in stored for entry in item.completion.files] + own
 
     def _advance(self) -> list[UnitTask]:
         """Send completions into the generator until a phase has units left, or it returns."""
@@ -105,7 +122,10 @@ class Build:
                 else:
                     phase = self._generator.send([self._completions[unit.name] for unit in self.phase.units])
                     self.phases_done += 1
+                if phase.name in self._replayed:
+                    raise ValueError(f"{self.stage.name}: two phases are called '{phase.name}'")
                 self.phase = phase
+                self._replayed[phase.name] = [unit.name for unit in phase.units]
                 self._completions = self._known(phase)
                 missing = [unit for unit in phase.units if unit.name not in self._completions]
                 if missing:
@@ -123,7 +143,7 @@ class Build:
         names = {name.removesuffix(".json") for name in self._storage.list(self.paths.done(phase.name))} & wanted
         return {name: load_completion(self._storage, self.paths.done(phase.name, name)).completion for name in names}
 
-    def _publish(self, stored: StoredCompletion) -> list[FileEntry]:
+    def _publish(self, stored: StoredCompletion) -> None:
         for entry in stored.completion.files:
             staged, final = stored.staged[entry.path], join(self.stage.name, entry.path)
             if self._storage.exists(staged):
@@ -133,7 +153,6 @@ class Build:
                     f"{self._storage.uri}/{staged} has vanished although its unit was complete; "
                     f"delete {self._storage.uri}/{self.paths.top} and run again"
                 )
-        return list(stored.completion.files)
 
     def _sweep_unvouched(self, vouched: set[str]) -> None:
         """Delete what an abandoned build of another recipe left in the artifact's directory, so that globs find only ours."""
@@ -146,3 +165,11 @@ class Build:
         units = [{"unit": item.completion.unit, "seconds": item.seconds, "host": item.host} for item in stored]
         started, clock = self._started
         return describe(started, time.monotonic() - clock, units[:_PROVENANCE_UNITS], num_units=len(units))
+
+
+def sweep_builds(storage: Storage, artifact: str) -> None:
+    """Delete what builds left of a finished artifact: completions, staged and scratch files; its logs stay."""
+    progress = join(artifact, _PROGRESS)
+    for name in {path.partition("/")[0] for path in storage.list(progress)} - set(_KEPT_PROGRESS):
+        storage.delete_tree(join(progress, name))
+    storage.sweep(artifact)

@@ -1,10 +1,11 @@
 """The durable workflow: from stages to artifacts, through kills, failures and other drivers on the same root.
 
 First everything that exists is held against the recipe, and nothing is started if anything drifted or nothing is missing.
-Then one loop: start the stages whose inputs exist and whose lease can be had, keep the backend's slots filled longest unit
-first over all of them, take completions in, commit. A failed unit stops its own artifact and what stands on it; the others go
-on, and the failures are told together at the end. Rejected: an executor per stage, which cannot fill idle slots with another
-expert's units, and recursion over dependencies, which hides what runs at the same time.
+Then one loop: start the stages whose inputs exist and whose lease can be had, keep the backend's slots filled (first what has
+the longest chain of stages behind it, then the longest unit), take completions in, commit. A failed unit stops its own
+artifact and what stands on it; the others go on, and the failures are told together at the end. Rejected: an executor per
+stage, which cannot fill idle slots with another expert's units, and recursion over dependencies, which hides what runs at the
+same time.
 """
 
 import contextlib
@@ -51,6 +52,14 @@ class Plan:
     def missing(self) -> list[Stage]:
         """Stages without a record, inputs before what stands on them."""
         return [stage for stage in self.stages if stage.name not in self.artifacts]
+
+    def heights(self) -> dict[str, int]:
+        """How many stages the longest chain from each stage to the end of the plan has."""
+        heights = {stage.name: 1 for stage in self.stages}
+        for stage in reversed(self.stages):
+            for name in stage.inputs.values():
+                heights[name] = max(heights.get(name, 1), heights[stage.name] + 1)
+        return heights
 
 
 def make_plan(store: ArtifactStore, stages: Sequence[Stage]) -> Plan:
@@ -122,9 +131,9 @@ class Failure:
 
 @dataclass(order=True)
 class _Queued:
-    """A task in the queue: most costly first, then in the order of arrival."""
+    """A task in the queue: those with the longest chain of stages behind them first, then the most costly, then in order."""
 
-    rank: tuple[float, int]
+    rank: tuple[int, float, int]
     task: UnitTask = field(compare=False)
 
 
@@ -148,6 +157,7 @@ class Runner:
         self._in_flight: dict[tuple[str, str, str], UnitTask] = {}
         self._losses: dict[tuple[str, str, str], tuple[int, str]] = {}
         self._order = itertools.count()
+        self._heights: Mapping[str, int] = {}
         self._next_poll = 0.0
 
     def run(self, plan: Plan) -> None:
@@ -157,6 +167,7 @@ class Runner:
             UnitsFailedError: some units failed for good; the rest was built.
             HardmoeError: the driver's part of a stage failed (bad data, a full disk, a lost lease).
         """
+        self._heights = plan.heights()
         with self._reporter:
             try:
                 while self._open_stages(plan):
@@ -234,7 +245,11 @@ class Runner:
             self._fail(build.stage.name, Failure(build.stage.name, str(error), error))
             return
         for task in tasks:
-            heapq.heappush(self._queue, _Queued((-task.unit.cost, next(self._order)), task))
+            self._enqueue(task)
+
+    def _enqueue(self, task: UnitTask) -> None:
+        rank = (-self._heights.get(task.stage.name, 0), -task.unit.cost, next(self._order))
+        heapq.heappush(self._queue, _Queued(rank, task))
 
     def _submit(self, plan: Plan) -> None:
         if not self._queue:
@@ -285,7 +300,7 @@ class Runner:
             self._fail(task.stage.name, Failure(task.label, sentence))
             return
         self._reporter.say(f"{task.label}: lost its worker ({reason}); trying again ({count} of {self._options.attempts})")
-        heapq.heappush(self._queue, _Queued((-task.unit.cost, next(self._order)), task))
+        self._enqueue(task)
 
     def _commit_finished(self, plan: Plan) -> None:
         for name, build in list(self._builds.items()):

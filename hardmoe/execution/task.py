@@ -7,6 +7,7 @@ Layout below an artifact's directory, all of it gone or irrelevant once the reco
     _progress/<build>/scratch/<phase>/<unit>/<attempt>/…  files for later phases
     _progress/<build>/live/<phase>/<unit>.json      how far a running unit is
     _progress/logs/<phase>.<unit>.log               what the unit said
+    _progress/logs/driver.log                       what went wrong in the driver's part, where that was an error of the code
     _progress/status.json                           the driver's summary, for `hardmoe status`
 
 `<build>` is a digest of the fingerprint *and* of the inputs' records, so leftovers of a build over other inputs are never
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from hardmoe.config import Json
+from hardmoe.errors import CorruptFileError
 from hardmoe.stage import Completion, FileEntry, Stage, Unit
 from hardmoe.storage import Storage, join
 
@@ -105,14 +107,34 @@ class StoredCompletion:
     host: str
 
     def to_bytes(self) -> bytes:
-        """The content of the completion's file."""
-        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
+        """The content of the completion's file.
+
+        Raises:
+            TypeError, ValueError: the payload is not plain JSON (NaN and infinity are not).
+        """
+        return (json.dumps(asdict(self), sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def parse_completion(data: bytes, where: str) -> StoredCompletion:
+    """Read a completion.
+
+    Raises:
+        CorruptFileError: it is none; `where` is named.
+    """
+    try:
+        body: dict[str, Json] = json.loads(data)
+        inner = body["completion"]
+        files = [FileEntry(**entry) for entry in inner["files"]]
+        completion = Completion(unit=inner["unit"], payload=inner["payload"], files=files, scratch=inner["scratch"])
+        return StoredCompletion(completion, body["staged"], body["seconds"], body["host"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{where} is not a unit's completion; delete it and run again, which redoes that unit") from error
 
 
 def load_completion(storage: Storage, path: str) -> StoredCompletion:
-    """Read a completion that a worker created."""
-    body: dict[str, Json] = json.loads(storage.read_bytes(path))
-    inner = body["completion"]
-    files = [FileEntry(**entry) for entry in inner["files"]]
-    completion = Completion(unit=inner["unit"], payload=inner["payload"], files=files, scratch=inner["scratch"])
-    return StoredCompletion(completion, body["staged"], body["seconds"], body["host"])
+    """Read a completion that a worker created.
+
+    Raises:
+        CorruptFileError: the file is damaged.
+    """
+    return parse_completion(storage.read_bytes(path), f"{storage.uri}/{path}")

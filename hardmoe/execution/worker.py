@@ -11,14 +11,14 @@ import secrets
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hardmoe.artifacts.provenance import now
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
 from hardmoe.errors import HardmoeError, StorageError
-from hardmoe.execution.task import StoredCompletion, UnitOutcome, UnitTask, load_completion
+from hardmoe.execution.task import StoredCompletion, UnitOutcome, UnitTask, load_completion, parse_completion
 from hardmoe.stage import Completion, FileEntry, Stage, Unit, load_work
 from hardmoe.storage import OutputFile, Storage, join, open_storage
 
@@ -45,8 +45,9 @@ class StageContext:
 class RunningUnit(StageContext):
     """One attempt at a unit: its outputs under attempt-scoped names, its progress, its log."""
 
-    def __init__(self, task: UnitTask, storage: Storage) -> None:
+    def __init__(self, task: UnitTask, storage: Storage, meanwhile: Callable[[], None] | None = None) -> None:
         super().__init__(task.stage, storage)
+        self._meanwhile = meanwhile
         self.task = task
         self.unit: Unit = task.unit
         self.phase = task.phase
@@ -62,6 +63,8 @@ class RunningUnit(StageContext):
     @contextmanager
     def output(self, path: str) -> Iterator[OutputFile]:
         """Open a file of the artifact for writing, by its path within it."""
+        if path in self._staged:
+            raise ValueError(f"the unit {self.unit.name} wrote '{path}' twice")
         staged = join(self.task.paths.attempt("staged", self.phase, self.unit.name, self.attempt), path)
         with self.storage.open_output(staged) as out:
             yield out
@@ -83,34 +86,59 @@ class RunningUnit(StageContext):
         self._last_live = time.monotonic()
         body = {"done": done, "total": total, "values": values, "host": self._host, "updated": now()}
         self.storage.write_bytes(self.task.paths.live(self.phase, self.unit.name), json.dumps(body).encode())
+        if self._meanwhile is not None:
+            self._meanwhile()
 
     def complete(self, payload: Json, seconds: float) -> Completion:
-        """Create the completion; if another attempt was first, its completion is the one that counts."""
+        """Create the completion; if another attempt was first, its completion is the one that counts.
+
+        What is returned was read back from the bytes, so the driver sees the same values now as after a replay.
+        """
         path = self.task.paths.done(self.phase, self.unit.name)
         completion = Completion(self.unit.name, payload, sorted(self._files, key=lambda entry: entry.path), self._scratch)
-        stored = StoredCompletion(completion, self._staged, round(seconds, 3), self._host)
-        if self.storage.create(path, stored.to_bytes()):
-            return completion
+        data = StoredCompletion(completion, self._staged, round(seconds, 3), self._host).to_bytes()
+        if self.storage.create(path, data):
+            return parse_completion(data, path).completion
         return load_completion(self.storage, path).completion
 
 
-def execute_unit(task: UnitTask) -> UnitOutcome:
-    """Run one unit to its completion or its error; raises nothing but what kills the process."""
-    storage = open_storage(task.root)
+def execute_unit(task: UnitTask, meanwhile: Callable[[], None] | None = None) -> UnitOutcome:
+    """Run one unit to its completion or its error; raises nothing but what kills the process.
+
+    Args:
+        task: what to run.
+        meanwhile: called whenever the unit's progress was noted, where the driver itself runs the unit.
+    """
+    try:
+        storage = open_storage(task.root)
+        with _unit_log(storage, task):
+            return _execute(task, storage, meanwhile)
+    except StorageError as error:
+        return _failed(task, str(error))
+
+
+def _execute(task: UnitTask, storage: Storage, meanwhile: Callable[[], None] | None) -> UnitOutcome:
     started = time.monotonic()
-    with _unit_log(storage, task):
-        try:
-            context = RunningUnit(task, storage)
-            payload = load_work(task.stage).run(context)
-            completion = context.complete(payload, time.monotonic() - started)
-            return UnitOutcome(task, completion, round(time.monotonic() - started, 3), socket.gethostname())
-        except HardmoeError as error:
-            logger.error("%s", error)
-            return _failed(task, str(error))
-        except Exception as error:  # noqa: BLE001 - whatever the code of a stage raises must fail this unit and no other
-            logger.error("%s", traceback.format_exc())
-            sentence = f"{type(error).__name__}: {error or 'no message'} (traceback: hardmoe logs {task.label})"
-            return _failed(task, sentence)
+    try:
+        context = RunningUnit(task, storage, meanwhile)
+        payload = load_work(task.stage).run(context)
+        completion = context.complete(payload, time.monotonic() - started)
+        return UnitOutcome(task, completion, round(time.monotonic() - started, 3), socket.gethostname())
+    except HardmoeError as error:
+        logger.error("%s", error)
+        return _failed(task, str(error))
+    except Exception as error:  # noqa: BLE001 - whatever the code of a stage raises must fail this unit and no other
+        logger.error("%s", traceback.format_exc())
+        return _failed(task, describe_bug(error, task.label))
+
+
+def describe_bug(error: Exception, label: str) -> str:
+    """One sentence about an exception that nobody foresaw, however odd it is, and where its traceback lies."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # noqa: BLE001 - an exception whose own text cannot be had must not hide behind another one
+        lines = []
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'} (traceback: hardmoe logs {label})"
 
 
 def _failed(task: UnitTask, sentence: str) -> UnitOutcome:

@@ -20,6 +20,19 @@ CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 """The depths of He et al. 2016, section 4.2: 6n + 2 layers."""
 
 
+class EverySecondPixel(nn.Module):
+    """Halve height and width by taking every second pixel; before a 1x1 convolution this is that convolution at stride 2.
+
+    torch 2.15's CPU kernel for the gradient of a strided 1x1 convolution writes out of bounds with fewer than 16 input
+    channels, `channels_last` and a batch that the threads do not divide (12 channels, 31 images, 2 threads: the process
+    dies of a corrupted heap). The dense convolution behind a subsampling takes another kernel and is as fast.
+    """
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to [B, C, ceil(H / 2), ceil(W / 2)]."""
+        return maps_BCHW[:, :, ::2, ::2]
+
+
 class PaddedShortcut(nn.Module):
     """He et al.'s option A: the shortcut of a widening block takes every second pixel and pads channels with zeros."""
 
@@ -72,7 +85,7 @@ def _first_block(before: int, after: int, projection: bool) -> nn.Module:
     if before == after:
         block: nn.Module = BasicBlock(before, after)
     elif projection:
-        block = BasicBlock(before, after, 2, nn.Sequential(conv1x1(before, after, 2), nn.BatchNorm2d(after)))
+        block = BasicBlock(before, after, 2, nn.Sequential(EverySecondPixel(), conv1x1(before, after), nn.BatchNorm2d(after)))
     else:
         block = BasicBlock(before, after, 2, PaddedShortcut(after - before))
     return block

@@ -151,7 +151,7 @@ def _verdict(metric: Metric) -> str:
     _, low, high = _bounds(metric)
     if low is None or high is None:
         return "not known"
-    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+    return "better" if low > 0 else "worse" if high < 0 else "no difference"
 
 
 def _ordered(names: Iterable[str], known: Mapping[str, str]) -> list[str]:

@@ -4,8 +4,9 @@
     {prefix}/step-00001200/state.json          step, state, size and SHA-256 of the tensors: the commit marker
 
 A checkpoint exists when its `state.json` does and agrees with the tensors; anything else is passed over for an earlier
-one, so a worker killed at any byte costs at most the steps since. Rejected: `torch.save`, which pickles, and one file
-replaced in place, which leaves nothing to go back to.
+one, so a worker killed at any byte costs at most the steps since. A worker that was cut off may go on saving for a while
+beside the attempt that took over: both save the same, and neither deletes what lies ahead of itself. Rejected:
+`torch.save`, which pickles, and one file replaced in place, which leaves nothing to go back to.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from hardmoe.config import Json
+from hardmoe.errors import StorageError
 from hardmoe.storage import Storage, join
 
 logger = logging.getLogger(__name__)
@@ -46,13 +48,18 @@ class Checkpoints:
         self.prefix = prefix
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Json) -> None:
-        """Commit a checkpoint, then delete all but the newest two that are committed."""
+        """Commit a checkpoint, then delete all earlier ones but one."""
         data = safetensors.torch.save({name: _plain(tensor) for name, tensor in tensors.items()})
         marker = {"step": step, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "state": state}
         directory = self._directory(step)
-        self.storage.write_bytes(join(directory, _TENSORS), data)
-        self.storage.write_bytes(join(directory, _STATE), json.dumps(marker, allow_nan=False).encode())
-        self._delete_all_but_newest(step)
+        try:
+            self.storage.write_bytes(join(directory, _TENSORS), data)
+            self.storage.write_bytes(join(directory, _STATE), json.dumps(marker, allow_nan=False).encode())
+        except StorageError:
+            if not any(committed and other > step for other, committed in self._steps().items()):
+                raise
+            logger.warning("another attempt is ahead and deleted %s while it was being written", directory)
+        self._delete_older(step)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is committed and whole; None if there is none."""
@@ -81,23 +88,33 @@ class Checkpoints:
     def _load(self, step: int) -> Checkpoint | None:
         directory = self._directory(step)
         try:
-            marker = json.loads(self.storage.read_bytes(join(directory, _STATE)))
+            marker = json.loads(self._read(join(directory, _STATE)))
             size, sha256, state = int(marker["size"]), str(marker["sha256"]), marker["state"]
         except (ValueError, KeyError, TypeError):
             logger.warning("passing over the checkpoint %s: its %s is damaged", directory, _STATE)
             return None
-        path = join(directory, _TENSORS)
-        data = self.storage.read_bytes(path) if self.storage.exists(path) else b""
+        data = self._read(join(directory, _TENSORS))
         if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
             logger.warning("passing over the checkpoint %s: its %s is not what was written", directory, _TENSORS)
             return None
         return Checkpoint(step, safetensors.torch.load(data), state)
 
-    def _delete_all_but_newest(self, newest: int) -> None:
+    def _read(self, path: str) -> bytes:
+        """The file, or nothing if it is not there; another attempt may delete it at any moment."""
+        try:
+            return self.storage.read_bytes(path)
+        except StorageError:
+            if self.storage.exists(path):
+                raise
+            return b""
+
+    def _delete_older(self, newest: int) -> None:
+        """Keep the newest committed ones up to `newest`, and whatever another attempt has beyond it."""
         steps = self._steps()
         kept = sorted((step for step, committed in steps.items() if committed and step <= newest), reverse=True)[:KEPT]
         for step in steps.keys() - set(kept):
-            self.storage.delete_tree(self._directory(step))
+            if step < newest:
+                self.storage.delete_tree(self._directory(step))
 
 
 def _plain(tensor: Tensor) -> Tensor:

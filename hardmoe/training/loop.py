@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class TrainingSinks:
-    """Where a training reports to. The caller keeps `checkpoints` and `log` of one training under one place."""
+    """Where a training reports to. A resumed one takes the log's rows from its checkpoint."""
 
     checkpoints: Checkpoints | None = None
     log: MetricsLog | None = None
@@ -122,10 +122,6 @@ def train(
         training = _Training(model, labelled, config, seed, device, validation, sinks)
         if len(labelled):
             training.run()
-        else:
-            training.begin_log(0)
-        if sinks.log:
-            sinks.log.flush()
     model.eval()
     state = training.state
     return TrainingResult(state.step, training.examples_seen(state.step), state.final_loss, state.validation_precision_at_1)
@@ -174,11 +170,6 @@ class _Training:
             return 0
         epoch, index = divmod(step, self.steps_per_epoch)
         return epoch * len(self.examples) + int(batch_slice(len(self.examples), self.config.batch_size, index).start)
-
-    def begin_log(self, step: int) -> None:
-        """Drop the rows of steps that will be done again."""
-        if self.sinks.log:
-            self.sinks.log.cut_back(step)
 
     def _step(self, batch: TrainingBatch) -> None:
         set_learning_rate(self.optimizer, self._learning_rate(self.state.step))
@@ -247,13 +238,12 @@ class _Training:
     def _save(self, digest: str) -> None:
         if not self.sinks.checkpoints or not self._checkpoint_is_due():
             return
-        if self.sinks.log:
-            self.sinks.log.flush()  # before the commit: rows beyond a checkpoint are cut back, missing ones would be lost
+        rows = self.sinks.log.rows if self.sinks.log else []
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"optimizer.{name}"] = momentum
-        self.sinks.checkpoints.save(self.state.step, tensors, {"training": digest, **asdict(self.state)})
+        self.sinks.checkpoints.save(self.state.step, tensors, {"training": digest, "rows": rows, **asdict(self.state)})
 
     def _resume(self, digest: str) -> None:
         checkpoint = self.sinks.checkpoints.latest() if self.sinks.checkpoints else None
@@ -263,10 +253,11 @@ class _Training:
             checkpoint = None
         if checkpoint:
             self._restore(checkpoint)
-        self.begin_log(self.state.step)
+        if self.sinks.log:
+            self.sinks.log.restore(checkpoint.state["rows"] if checkpoint else ())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.state = _State(**{name: value for name, value in checkpoint.state.items() if name != "training"})
+        self.state = _State(**{field.name: checkpoint.state[field.name] for field in fields(_State)})
         tensors = checkpoint.tensors
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         for name, parameter in self.model.named_parameters():

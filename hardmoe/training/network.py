@@ -24,7 +24,6 @@ from hardmoe.data.reading import example_shards, labels_of, read_examples
 from hardmoe.errors import CorruptFileError
 from hardmoe.models.backbones import TagClassifier, build_backbone
 from hardmoe.stage import InputArtifact, UnitContext
-from hardmoe.storage import join
 from hardmoe.tables import ids_to_array
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
@@ -104,7 +103,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     model = build_network(job.architecture, job.seed)
     if job.start is not None:
         model.load_state_dict(job.start)
-    log = MetricsLog(context.storage, join(context.stage.name, METRICS_FILE))
+    log = MetricsLog()
     checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
     sinks = TrainingSinks(checkpoints, log, progress_teller(context, job.config.checkpoint_every_steps))
     device = unit_device(context)
@@ -113,7 +112,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     with context.output(MODEL_FILE) as out:
         out.write(safetensors.torch.save(weights))
     with context.output(METRICS_FILE) as out:
-        out.write(context.storage.read_bytes(join(context.stage.name, METRICS_FILE)))
+        out.write(log.to_bytes())
     payload = {
         "architecture": asdict(job.architecture),
         "num_features": model.backbone.num_features,

@@ -1,10 +1,13 @@
 """The residual networks for small images, against the paper's tables and torchvision's block."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
 
-from hardmoe.models.resnet import CIFAR_DEPTHS, PaddedShortcut, cifar_resnet, quicknet
+from hardmoe.models.resnet import CIFAR_DEPTHS, EverySecondPixel, PaddedShortcut, cifar_resnet, quicknet
 
 
 def num_parameters(network: torch.nn.Module) -> int:
@@ -54,3 +57,28 @@ def test_padded_shortcut_equals_one_by_one_pooling_with_zero_channels() -> None:
     maps = torch.arange(2 * 3 * 5 * 5, dtype=torch.float32).reshape(2, 3, 5, 5)
     expected = torch.cat([functional.avg_pool2d(maps, kernel_size=1, stride=2), torch.zeros(2, 4, 3, 3)], dim=1)
     assert torch.equal(PaddedShortcut(4)(maps), expected)
+
+
+def test_quicknet_odd_batch_and_two_threads_survives_the_backward_pass() -> None:
+    """The demo's trunk once died of a corrupted heap: a strided 1x1 convolution of 12 channels, 31 images, two threads.
+
+    A process of its own, since the failure kills it.
+    """
+    code = (
+        "import torch; from hardmoe.models.resnet import quicknet; torch.set_num_threads(2)\n"
+        "network = quicknet(12).to(memory_format=torch.channels_last).train()\n"
+        "images = torch.randn(31, 3, 32, 32).contiguous(memory_format=torch.channels_last)\n"
+        "for _ in range(20): network(images).sum().backward()\n"
+        "print('survived')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "survived", result.stderr[-500:]
+
+
+def test_every_second_pixel_before_a_1x1_convolution_equals_the_strided_one() -> None:
+    strided = torch.nn.Conv2d(3, 5, kernel_size=1, stride=2, bias=False)
+    dense = torch.nn.Conv2d(3, 5, kernel_size=1, bias=False)
+    dense.load_state_dict(strided.state_dict())
+    for size in (7, 8):
+        maps = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
+        torch.testing.assert_close(dense(EverySecondPixel()(maps)), strided(maps))

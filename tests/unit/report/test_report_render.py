@@ -229,7 +229,7 @@ def test_every_system_metric_expert_stage_and_tag_appears(full_page):
 
 
 def test_values_and_intervals_are_shown_in_per_cent_and_the_best_is_marked(full_page):
-    assert re.search(r'<td><b>61\.3</b><small>60\.6 to 62\.0</small></td>', full_page)
+    assert re.search(r"<td><b>61\.3</b><small>60\.6 to 62\.0</small></td>", full_page)
     assert re.search(r'<td class="best"><b>61\.9</b><span class="hidden"> \(best\)</span>', full_page)
     assert len(Page(full_page).classed("best")) == len(METRIC_NAMES)
 

@@ -1,0 +1,148 @@
+"""A finished run as one object: route an image, embed it by its expert, align, decode.
+
+An image costs one pass of the trunk and one of its expert, however many experts there are. Experts are loaded when the first
+image is routed to them. What comes out is what the evaluation measured: features and embeddings pass through float16 here as
+they do on disk, so an image is sent to the same expert in use as in training.
+
+Shape letters: N images, S side in pixels, D trunk features, Z unified dims, V tags.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.data.config import PILLOW_MAX_PIXELS
+from hardmoe.data.images import UndecodableImageError, decode, resize_square
+from hardmoe.data.reading import tag_names
+from hardmoe.errors import DataError
+from hardmoe.experts.stages import expert_name
+from hardmoe.models.backbones import TagClassifier
+from hardmoe.models.shared_decoder import SharedDecoder, load_shared_decoder
+from hardmoe.partitioning.regroup import load_router
+from hardmoe.partitioning.router import Router
+from hardmoe.storage import open_storage
+from hardmoe.training.inference import predict_features
+from hardmoe.training.network import architecture_of, load_network
+
+_BATCH_SIZE = 256
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's tags, best first."""
+
+    expert: int
+    """Which expert answered."""
+    tags: list[str]
+    probabilities: list[float]
+
+
+class Mixture:
+    """Trunk, router, experts and decoder of a finished run.
+
+    Args:
+        store: the artifacts of the run.
+    """
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+        self._experts: dict[int, TagClassifier] = {}
+        trunk = store.get("trunk")
+        self.image_size = architecture_of(trunk).image_size
+        """S: images are resized (shorter side, then centre crop) to so many pixels."""
+        self._trunk = load_network(trunk)
+
+    @classmethod
+    def load(cls, root: str) -> "Mixture":
+        """Open the mixture of a run.
+
+        Raises:
+            MissingRecordError: the run is not finished; names the artifact that is missing.
+        """
+        store = ArtifactStore(open_storage(root))
+        for name in ("trunk", "router", "partition", "decoder", "vocabulary"):
+            store.get(name)
+        return cls(store)
+
+    @cached_property
+    def router(self) -> Router:
+        """The rule that sends the trunk's features to experts."""
+        return load_router(self._store.get("router"))
+
+    @cached_property
+    def decoder(self) -> SharedDecoder:
+        """The alignments and the shared decoder."""
+        return load_shared_decoder(self._store.get("decoder"))
+
+    @cached_property
+    def tags(self) -> list[str]:
+        """The vocabulary, by index."""
+        return tag_names(self._store.get("vocabulary"))
+
+    def route(self, images: Sequence[bytes]) -> NDArray[np.int32]:
+        """The expert of every encoded image, int32 [N]."""
+        return self._route(self._decoded(images))
+
+    def embed(self, images: Sequence[bytes]) -> NDArray[np.float32]:
+        """Every encoded image's place in the unified space, float32 [N, Z].
+
+        Raises:
+            DataError: an image cannot be decoded; names its position.
+        """
+        pixels_N3SS = self._decoded(images)
+        return self._embed(pixels_N3SS, self._route(pixels_N3SS)).numpy()
+
+    def predict(self, images: Sequence[bytes], k: int = 10) -> list[Prediction]:
+        """The k most probable tags of every encoded image.
+
+        Raises:
+            DataError: an image cannot be decoded; names its position.
+        """
+        pixels_N3SS = self._decoded(images)
+        experts_N = self._route(pixels_N3SS)
+        with torch.inference_mode():
+            probabilities_NV = torch.softmax(self.decoder.decode(self._embed(pixels_N3SS, experts_N)), dim=1)
+        top = torch.sort(probabilities_NV, dim=1, descending=True, stable=True)
+        rows = zip(experts_N.tolist(), top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
+        return [Prediction(expert, [self.tags[i] for i in indices], values) for expert, indices, values in rows]
+
+    def _decoded(self, images: Sequence[bytes]) -> NDArray[np.uint8]:
+        pixels_N3SS = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
+        for position, data in enumerate(images):
+            try:
+                pixels_N3SS[position] = resize_square(decode(data, PILLOW_MAX_PIXELS), self.image_size)
+            except UndecodableImageError as error:
+                raise DataError(f"image {position} of {len(images)}: {error}") from error
+        return pixels_N3SS
+
+    def _route(self, pixels_N3SS: NDArray[np.uint8]) -> NDArray[np.int32]:
+        features_ND = _through_float16(self._trunk, pixels_N3SS)
+        return self.router.route(features_ND).primary_N
+
+    def _embed(self, pixels_N3SS: NDArray[np.uint8], experts_N: NDArray[np.int32]) -> torch.Tensor:
+        unified_NZ = torch.empty(len(pixels_N3SS), self.decoder.dim)
+        for expert in np.unique(experts_N).tolist():
+            rows = np.flatnonzero(experts_N == expert)
+            embeddings = torch.from_numpy(_through_float16(self._expert(expert), pixels_N3SS[rows]))
+            with torch.inference_mode():
+                unified_NZ[rows] = self.decoder.align(embeddings, torch.full((len(rows),), expert, dtype=torch.int64))
+        return unified_NZ
+
+    def _expert(self, expert: int) -> TagClassifier:
+        if expert not in self._experts:
+            artifact: Artifact = self._store.get(f"experts/{expert_name(expert)}")
+            self._experts[expert] = load_network(artifact)
+        return self._experts[expert]
+
+
+def _through_float16(network: TagClassifier, pixels_N3SS: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Features as they are stored: rounded to float16, float32 [N, D]."""
+    batches = [features.numpy() for features in predict_features(network.backbone, [pixels_N3SS], _BATCH_SIZE, _CPU)]
+    features = np.concatenate(batches) if batches else np.zeros((0, network.backbone.num_features), np.float32)
+    return features.astype(np.float16).astype(np.float32)

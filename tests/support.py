@@ -1,0 +1,119 @@
+"""What several tests share: real images in Parquet, a recipe small enough to run in seconds, the command line as a process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from hardmoe.data.config import DatasetConfig
+from hardmoe.data.sources.base import RawExample
+from hardmoe.data.sources.icons import IconsSource
+
+SMALL: dict[str, Any] = {
+    "dataset": {
+        "source": "parquet",
+        "path": "photos/*.parquet",
+        "shard_rows": 128,
+        "test_fraction": 0.15,
+        "validation_fraction": 0.1,
+    },
+    "hashtags": {"min_count": 5},
+    "trunk": {"backbone": "quicknet_w4", "image_size": 16, "epochs": 1, "batch_size": 32, "checkpoint_every_steps": 3},
+    "partition": {"experts": 3, "max_passes": 5},
+    "experts": {"epochs": 2, "batch_size": 16, "checkpoint_every_steps": 2},
+    "decoder": {"epochs": 2, "batch_size": 64, "checkpoint_every_steps": 3},
+    "evaluation": {"bootstrap_replicates": 50, "map_replicates": 10},
+}
+"""Everything but the root and the place of the images."""
+
+PREPARATION = ("dataset", "vocabulary", "trunk", "features", "router", "partition")
+"""The artifacts of `hardmoe partition`: all that an expert stands on."""
+
+
+def real_images(count: int) -> list[RawExample]:
+    """The first glyphs of an icon font, drawn at 16 pixels, with their hashtags."""
+    source = IconsSource(DatasetConfig(source="icons", icon_size=16))
+    shard = next(shard for shard in source.shards() if shard.name == "ph")
+
+    def drawn() -> Iterator[RawExample]:
+        for row in source.read(shard):
+            if isinstance(row, RawExample) and row.tags:
+                yield row
+
+    return [row for row, _ in zip(drawn(), range(count), strict=False)]
+
+
+def write_photos(directory: Path, examples: Sequence[RawExample], num_files: int = 3) -> None:
+    """Write examples as Parquet files with the columns image and hashtags."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for index in range(num_files):
+        chosen = examples[index::num_files]
+        columns = {"image": [row.image for row in chosen], "hashtags": [list(row.tags) for row in chosen]}
+        pq.write_table(pa.table(columns), directory / f"{index}.parquet", row_group_size=64)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with some sections' keys replaced."""
+    return base | {key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in changes.items()}
+
+
+def write_recipe(directory: Path, name: str = "hardmoe.yaml", /, **changes: Any) -> Path:
+    """Write the small recipe, with changes (`root="runs/b"`, `partition={"experts": 1}`), into a directory."""
+    path = directory / name
+    path.write_text(yaml.safe_dump(merged({"root": "runs/small", **SMALL}, changes)))
+    return path
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line, as it is run by the interpreter of the tests."""
+    return [sys.executable, "-c", "from hardmoe.cli.main import main; main()", *arguments]
+
+
+def hardmoe(directory: Path, *arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a directory, as a process of its own."""
+    return subprocess.run(
+        command(*arguments), cwd=directory, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+    )
+
+
+def succeed(directory: Path, *arguments: str, timeout: float = 240, **environment: str) -> str:
+    """Run a command that must succeed; returns what it printed."""
+    result = hardmoe(directory, *arguments, timeout=timeout, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def copied_run(finished: Path, directory: Path, *, keep: Sequence[str] | None = None) -> Path:
+    """Make a directory like that of `finished` with a copy of its run, or of these artifacts of it; returns the copy's root."""
+    shutil.copytree(finished / "runs", directory / "runs")
+    shutil.copy(finished / "hardmoe.yaml", directory)
+    (directory / "photos").symlink_to((finished / "photos").resolve())
+    root = directory / "runs" / "small"
+    for path in root.iterdir():
+        if keep is not None and path.is_dir() and path.name not in keep:
+            shutil.rmtree(path)
+    return root
+
+
+def records(root: Path) -> dict[str, bytes]:
+    """Every `artifact.json` below a root, by its relative path: what two equal runs have in common."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("artifact.json"))}
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a root with size and modification time, to see that nothing changed."""
+    return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def metrics(root: Path) -> dict[str, Any]:
+    """The evaluation's results."""
+    body: dict[str, Any] = json.loads((root / "evaluation" / "metrics.json").read_text())
+    return body
