@@ -5,9 +5,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from hardmoe.errors import CorruptFileError
 from hardmoe.storage import OutputFile, Storage
 
 
@@ -18,6 +20,13 @@ def save_arrays(out: AbstractContextManager[OutputFile], arrays: Mapping[str, ND
 
 
 def load_arrays(storage: Storage, path: str) -> dict[str, NDArray[Any]]:
-    """Read what `save_arrays` wrote."""
-    arrays: dict[str, NDArray[Any]] = safetensors.numpy.load(storage.read_bytes(path))
+    """Read what `save_arrays` wrote.
+
+    Raises:
+        CorruptFileError: the file is truncated or damaged.
+    """
+    try:
+        arrays: dict[str, NDArray[Any]] = safetensors.numpy.load(storage.read_bytes(path))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CorruptFileError(f"{storage.uri}/{path} is damaged: {error}") from error
     return arrays

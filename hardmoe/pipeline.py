@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.data.inventory import take_inventory
+from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.data.inventory import Inventory, take_inventory
 from hardmoe.data.sources.registry import open_source
 from hardmoe.data.stages import dataset_stage, vocabulary_stage
 from hardmoe.decoder.stage import decoder_stage
-from hardmoe.errors import DataError
+from hardmoe.errors import DataError, DriftError
 from hardmoe.evaluation.stage import System, evaluation_stage
 from hardmoe.experts.stages import dense_stage, embeddings_stage, expert_name, expert_stage
 from hardmoe.features.stage import features_stage
@@ -24,6 +24,7 @@ from hardmoe.partitioning.stages import partition_stage, router_stage
 from hardmoe.recipe import Recipe
 from hardmoe.report.stage import report_stage
 from hardmoe.stage import Stage
+from hardmoe.storage import open_storage
 from hardmoe.trunk.stage import trunk_stage
 
 DENSE = "baselines/dense"
@@ -55,6 +56,7 @@ def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
 
     Raises:
         DataError: the source cannot be listed, or the alias file cannot be read.
+        DriftError: the dataset was made from other files; says which.
     """
     return ExternalInputs(_source_digest(recipe, store), _file_digest(recipe.hashtags.aliases))
 
@@ -122,15 +124,40 @@ def _random(recipe: Recipe, stages: list[Stage]) -> Mixture:
 
 
 def _source_digest(recipe: Recipe, store: ArtifactStore) -> str:
-    """The identity of the source's files; of the finished dataset's own record where they are gone."""
+    """The identity of the source's files; as a finished dataset, here or in a root to reuse, records it where they are gone."""
+    dataset = store.find("dataset")
     try:
-        return take_inventory(open_source(recipe.dataset).files(), store.storage).digest()
+        found = take_inventory(open_source(recipe.dataset).files(), store.storage)
     except DataError:
-        dataset = store.find("dataset")
-        if dataset is None:
+        elsewhere = (ArtifactStore(open_storage(root)).find("dataset") for root in recipe.reuse)
+        known = dataset or next((there for there in elsewhere if there is not None and _same_source(recipe, there)), None)
+        if known is None:
             raise
-        digest: str = dataset.record.config["source"]["sha256"]
-        return digest
+        return _recorded_digest(known)
+    if dataset is not None and found.digest() != _recorded_digest(dataset) and _same_source(recipe, dataset):
+        raise DriftError(_changed_files(store, dataset, found))
+    return found.digest()
+
+
+def _recorded_digest(dataset: Artifact) -> str:
+    digest: str = dataset.record.config["source"]["sha256"]
+    return digest
+
+
+def _same_source(recipe: Recipe, dataset: Artifact) -> bool:
+    """Whether only the files are others; with another source or other columns, the recipe's differences tell more."""
+    return bool(dataset.record.config["dataset"] == recipe.dataset.identity())
+
+
+def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) -> str:
+    from hardmoe.data.source_files import read_source_table
+
+    changes = found.changes_since(read_source_table(dataset))
+    return (
+        f"{store.storage.uri}/dataset was built from other files ({changes}; source.sha256: "
+        f"{_recorded_digest(dataset)[:12]}… -> {found.digest()[:12]}…); either put the files back, or give a new "
+        "'root' to build from those there are now"
+    )
 
 
 def _file_digest(path: str | None) -> str | None:

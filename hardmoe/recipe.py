@@ -84,7 +84,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     body = _read_extended(path, ())
     for text in overrides:
         _override(body, text)
-    return parse_recipe(body, str(path))
+    return _from_here(parse_recipe(body, str(path)))
 
 
 def parse_recipe(body: Mapping[str, Any], where: str) -> Recipe:
@@ -97,6 +97,22 @@ def parse_recipe(body: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(body)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from error
+
+
+def _from_here(recipe: Recipe) -> Recipe:
+    """The recipe with absolute places of the data: a worker of a cluster has another current directory."""
+    path, aliases = recipe.dataset.path, recipe.hashtags.aliases
+    places = [_absolute(each) for each in path] if isinstance(path, list) else path and _absolute(path)
+    dataset = recipe.dataset.model_copy(update={"path": places})
+    hashtags = recipe.hashtags.model_copy(update={"aliases": aliases and _absolute(aliases)})
+    return recipe.model_copy(update={"dataset": dataset, "hashtags": hashtags})
+
+
+def _absolute(place: str) -> str:
+    if "://" in place:
+        return place
+    # A slash at the end says that a folder is meant; Path would drop it.
+    return str(Path(place).expanduser().absolute()) + ("/" if place.endswith("/") else "")
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -155,7 +171,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

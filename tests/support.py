@@ -1,18 +1,23 @@
 """What several tests share: real images in Parquet, a recipe small enough to run in seconds, the command line as a process."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from hardmoe.cli.main import cli, main
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.sources.base import RawExample
 from hardmoe.data.sources.icons import IconsSource
@@ -89,6 +94,41 @@ def succeed(directory: Path, *arguments: str, timeout: float = 240, **environmen
     result = hardmoe(directory, *arguments, timeout=timeout, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def run_here(directory: Path, *arguments: str) -> None:
+    """Run a building command inline and in this process, which has torch loaded already; raises hardmoe's own errors."""
+    with contextlib.chdir(directory), contextlib.redirect_stdout(io.StringIO()):
+        cli.main(args=[*arguments, "--backend", "inline"], standalone_mode=False)
+
+
+def invoke(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A whole command with its exit code and what it says, but in this process, which has torch loaded already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            contextlib.chdir(directory),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(sys, "argv", ["hardmoe", *arguments]),
+        ):
+            main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def refusal(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """The one sentence with which a command ended; it must be one, for people, and the exit code must be this one."""
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    sentences = [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, result.stderr
+    for leak in ("Traceback", "[Errno", "nput should be", "pydantic", "object at 0x", "Error("):
+        assert leak not in result.stderr, result.stderr
+    return sentences[0]
 
 
 def copied_run(finished: Path, directory: Path, *, keep: Sequence[str] | None = None) -> Path:

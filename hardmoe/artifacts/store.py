@@ -24,6 +24,11 @@ class Artifact:
         """Where the files lie: the root itself, or another root's artifact that is reused."""
         return open_storage(self.record.reused_from) if self.record.reused_from else self.home
 
+    @cached_property
+    def record_digest(self) -> str:
+        """Digest of the record; computed once, since a record may name thousands of files."""
+        return self.record.digest()
+
     @property
     def payload(self) -> Json:
         """What the record says of the result."""
@@ -40,7 +45,7 @@ class Artifact:
 
     def reference(self) -> InputReference:
         """How a record that stands on this artifact refers to it."""
-        return InputReference(artifact=self.name, fingerprint=self.record.fingerprint, record=self.record.digest())
+        return InputReference(artifact=self.name, fingerprint=self.record.fingerprint, record=self.record_digest)
 
     def verify(self) -> int:
         """Hash every file again; returns their number.
@@ -91,13 +96,20 @@ class ArtifactStore:
         self, name: str, fingerprint: str, inputs: Mapping[str, Artifact], roots: Sequence[str], provenance: bytes
     ) -> Artifact | None:
         """Take the artifact over from the first of other roots that has one of the same fingerprint and inputs."""
-        for root in roots:
-            found = _find_elsewhere(root, name)
-            if found is None or found.record.fingerprint != fingerprint or not _same_inputs(found.record, inputs):
-                continue
-            origin = found.record.reused_from or f"{found.home.uri}/{found.name}"
-            return self.commit(name, replace(found.record, reused_from=origin), provenance)
-        return None
+        found = find_reusable(name, fingerprint, inputs, roots)
+        if found is None:
+            return None
+        origin = found.record.reused_from or f"{found.home.uri}/{found.name}"
+        return self.commit(name, replace(found.record, reused_from=origin), provenance)
+
+
+def find_reusable(name: str, fingerprint: str, inputs: Mapping[str, Artifact], roots: Sequence[str]) -> Artifact | None:
+    """The artifact as the first of some roots has it, with the same fingerprint and the same inputs."""
+    for root in roots:
+        found = _find_elsewhere(root, name)
+        if found is not None and found.record.fingerprint == fingerprint and _same_inputs(found.record, inputs):
+            return found
+    return None
 
 
 def _find_elsewhere(root: str, name: str) -> Artifact | None:
@@ -110,5 +122,5 @@ def _find_elsewhere(root: str, name: str) -> Artifact | None:
 
 def _same_inputs(record: Record, inputs: Mapping[str, Artifact]) -> bool:
     return {role: reference.record for role, reference in record.inputs.items()} == {
-        role: artifact.record.digest() for role, artifact in inputs.items()
+        role: artifact.record_digest for role, artifact in inputs.items()
     }

@@ -9,17 +9,20 @@ import click
 import yaml
 
 from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.cli.checks import check_before_building, taken_over
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
 from hardmoe.data.schemas import SPLITS
 from hardmoe.errors import RecipeError
 from hardmoe.execution.backend import Backend
 from hardmoe.execution.config import ExecutionConfig
-from hardmoe.execution.progress import Reporter, make_display
-from hardmoe.execution.runner import Plan, Runner, RunnerOptions, make_plan
+from hardmoe.execution.display import Display, make_display
+from hardmoe.execution.plan import Plan, make_plan
+from hardmoe.execution.progress import Reporter
+from hardmoe.execution.runner import Runner, RunnerOptions
 from hardmoe.experts.stages import expert_name
 from hardmoe.pipeline import build_stages, identify_inputs, select
 from hardmoe.recipe import Recipe
-from hardmoe.storage import open_storage
+from hardmoe.storage import Storage, open_storage
 
 _METRIC_COLUMNS = ("precision@1", "precision@5", "recall@10", "hit@5", "map")
 
@@ -50,24 +53,29 @@ def build(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str
     store, recipe, plan = _planned(options, targets, only)
     missing = {stage.name for stage in plan.missing}
     if missing:
-        body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        store.storage.create(RECIPE_FILE, body.encode())
+        check_before_building(recipe, plan)
+        _keep_recipe(store.storage, recipe)
         limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse)
-        reporter = Reporter(store.storage, make_display())
-        Runner(store, lambda: _backend(recipe.execution), reporter, limits).run(plan)
+        display = make_display()
+        reporter = Reporter(store.storage, display)
+        Runner(store, lambda: _backend(recipe.execution, display), reporter, limits).run(plan)
     return Built(store, recipe, plan, frozenset(missing))
 
 
 def print_plan(options: Mapping[str, Any]) -> None:
     """What `run` would do."""
-    _, _, plan = _planned(options, ["report"], ())
+    _, recipe, plan = _planned(options, ["report"], ())
+    check_before_building(recipe, plan)
+    reused = taken_over(recipe, plan)
     rows: list[Sequence[str]] = [("artifact", "state", "inputs")]
     for stage in plan.stages:
-        state = "done" if stage.name in plan.artifacts else "missing"
+        state = "done" if stage.name in plan.artifacts else "reused" if stage.name in reused else "missing"
         inputs = list(dict.fromkeys(stage.inputs.values()))
         rows.append((stage.name, state, ", ".join(inputs[:4]) + (", …" if len(inputs) > 4 else "")))
     click.echo(format_table(rows))
-    click.echo(f"\n{len(plan.missing)} of {len(plan.stages)} artifacts would be built")
+    click.echo(f"\n{len(plan.missing) - len(reused)} of {len(plan.stages)} artifacts would be built")
+    if reused:
+        click.echo(f"{len(reused)} would be taken over: " + ", ".join(reused))
 
 
 def print_parts(built: Built) -> None:
@@ -135,6 +143,13 @@ def _planned(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[
     return store, recipe, make_plan(store, select(stages, names))
 
 
+def _keep_recipe(storage: Storage, recipe: Recipe) -> None:
+    """Write the recipe beside what is built from it; a first try with a mistake in it must not be what `status` goes by."""
+    body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode()
+    if not storage.exists(RECIPE_FILE) or storage.read_bytes(RECIPE_FILE) != body:
+        storage.write_bytes(RECIPE_FILE, body)
+
+
 def _chosen(experts: Sequence[str], only: Sequence[str]) -> list[str]:
     wanted = {name if name.startswith("experts/") else f"experts/{name}" for name in only} or set(experts)
     if unknown := sorted(wanted - set(experts)):
@@ -143,13 +158,14 @@ def _chosen(experts: Sequence[str], only: Sequence[str]) -> list[str]:
     return [name for name in experts if name in wanted]
 
 
-def _backend(config: ExecutionConfig) -> Backend:
+def _backend(config: ExecutionConfig, display: Display) -> Backend:
     if config.backend == "inline":
         from hardmoe.execution.inline import InlineBackend
 
         return InlineBackend()
     from hardmoe.execution.ray.backend import RayBackend
 
+    display.say("starting Ray on this machine" if config.address == "local" else f"joining the Ray cluster at {config.address}")
     return RayBackend(config.address)
 
 

@@ -4,17 +4,20 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from hardmoe.artifacts.lease import lease_holder
+from hardmoe.artifacts.lease import TIME_TO_LIVE_SECONDS, lease_holder
 from hardmoe.artifacts.record import PROVENANCE_NAME
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.common import existing_run, format_table
 from hardmoe.config import Json
-from hardmoe.errors import ArtifactError, CorruptFileError, RecipeError
-from hardmoe.execution.progress import STATUS_SECONDS, format_seconds
+from hardmoe.errors import ArtifactError, CorruptFileError, RecipeError, StorageError
+from hardmoe.execution.progress import STATUS_SECONDS
+from hardmoe.execution.task import BuildPaths
+from hardmoe.execution.tracked import format_seconds
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.storage import Storage, join
 
@@ -35,7 +38,8 @@ class ArtifactStatus:
 
 
 def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
-    """Print the status once, or again and again until nothing is running."""
+    """Print the status once, or again and again until nothing is running any more."""
+    quiet = 0
     while True:
         storage, recipe = existing_run(options)
         names = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
@@ -43,7 +47,9 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
         if watch and not as_json:
             click.clear()
         click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
-        if not watch or not any(row.state in _ACTIVE for row in rows):
+        quiet = 0 if any(row.state in _ACTIVE or row.holder for row in rows) else quiet + 1
+        # Between two stages nothing runs for a moment: only the second such look in a row is the end.
+        if not watch or quiet == 2:
             return
         time.sleep(STATUS_SECONDS)
 
@@ -57,10 +63,9 @@ def _status(storage: Storage, name: str) -> ArtifactStatus:
         provenance = _provenance(storage, name)
         return ArtifactStatus(name, "reused" if artifact.record.reused_from else "done", {}, seconds=provenance.get("seconds"))
     holder = lease_holder(storage, name)
-    path = join(name, "_progress", "status.json")
-    if not storage.exists(path):
+    body = _read_json(storage, BuildPaths(name, "").status)
+    if not body:
         return ArtifactStatus(name, "running" if holder else "missing", {}, str(holder) if holder else None)
-    body = json.loads(storage.read_bytes(path))
     # The driver of a run that was killed could not say so: without a living holder nothing is running.
     state = "stopped" if body["state"] == "running" and holder is None else body["state"]
     return ArtifactStatus(name, state, body, str(holder) if holder else None)
@@ -88,8 +93,16 @@ def _note(row: ArtifactStatus) -> str:
         return f"{failures[0]['unit']}: {failures[0]['error']}"[:160]
     live = row.progress.get("running", {})
     rates = [body["values"]["examples/s"] for body in live.values() if "examples/s" in body["values"]]
-    parts = [f"{sum(rates):.0f} examples/s"] if rates and row.state in _ACTIVE else []
-    return "; ".join([*parts, *([row.holder] if row.holder else [])])
+    parts = [f"{sum(rates):,.0f} examples/s"] if rates and row.state in _ACTIVE else []
+    if row.holder:
+        parts.append(row.holder)
+    if row.state in _ACTIVE and row.progress and (silent := _seconds_since(row.progress["updated"])) > TIME_TO_LIVE_SECONDS:
+        parts.append(f"not heard of for {format_seconds(silent)}")
+    return "; ".join(parts)
+
+
+def _seconds_since(moment: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
 
 
 def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> None:
@@ -191,6 +204,15 @@ def _resolve(names: Sequence[str], name: str) -> str:
 
 
 def _provenance(storage: Storage, name: str) -> dict[str, Json]:
-    path = join(name, PROVENANCE_NAME)
-    body: dict[str, Json] = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    return _read_json(storage, join(name, PROVENANCE_NAME))
+
+
+def _read_json(storage: Storage, path: str) -> dict[str, Json]:
+    """A file that nothing depends on; empty if it is missing, damaged, or just being taken away by the driver."""
+    if not storage.exists(path):
+        return {}
+    try:
+        body: dict[str, Json] = json.loads(storage.read_bytes(path))
+    except (StorageError, ValueError):
+        return {}
     return body

@@ -8,6 +8,7 @@ another one.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -22,6 +23,7 @@ from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.images import UndecodableImageError, content_id, decode
 from hardmoe.data.schemas import EXAMPLES, INGESTED, ORIGIN, QUARANTINE, SPLITS
+from hardmoe.data.source_files import SOURCE_FILE, checked_inventory, source_table
 from hardmoe.data.sources.base import BadExample, RawExample, SourceShard
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError
@@ -32,6 +34,9 @@ from hardmoe.tables import build_table, write_table
 _SPLIT_SEED = 0
 """Not the recipe's seed: runs of several seeds must be judged on the same test examples."""
 _ID_RANGE = 1 << 64
+_NUMBERS = re.compile(r"\b\d+\b")
+_REASONS = 20
+"""At most so many kinds of reasons are told apart in the record; every row's own reason is in the quarantine tables."""
 
 
 class DatasetWork:
@@ -40,7 +45,9 @@ class DatasetWork:
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """Ingest every source shard, then write every range of hashes."""
         config = _config(context)
-        shards = open_source(config).shards()
+        source = open_source(config)
+        inventory = checked_inventory(context, source)
+        shards = source.shards()
         units = [
             Unit(s.name, {"shard": {"name": s.name, "items": s.items}, "index": i, "of": len(shards)})
             for i, s in enumerate(shards)
@@ -54,7 +61,9 @@ class DatasetWork:
         written = yield Phase("write", [Unit(f"{i:05d}", {"index": i, "of": count, "sources": sources}) for i in range(count)])
         if config.id_column is not None:
             yield Phase("check-ids", [Unit("all", {"sources": [done.scratch["ids"] for done in written]})])
-        return Finished(_summary(config, ingested, written))
+        summary = _summary(config, ingested, written)
+        checked_inventory(context, source)
+        return Finished(summary, {SOURCE_FILE: source_table(inventory)})
 
     def run(self, context: UnitContext) -> Json:
         """One source shard, one range of hashes, or the check of the ids."""
@@ -76,11 +85,13 @@ def _summary(config: DatasetConfig, ingested: Sequence[Completion], written: Seq
     reasons: Counter[str] = Counter()
     for done in ingested:
         reasons.update(done.payload["reasons"])
+    listed = dict(_commonest(reasons))
+    others = reasons.total() - sum(listed.values())
     return {
         "source": config.source,
         "sizes": sizes,
         "quarantined": reasons.total(),
-        "quarantine_reasons": dict(sorted(reasons.items())),
+        "quarantine_reasons": listed | ({"other reasons": others} if others else {}),
         "copies_merged": sum(done.payload["copies_merged"] for done in written),
         "without_tags": sum(done.payload["without_tags"] for done in written),
     }
@@ -88,7 +99,7 @@ def _summary(config: DatasetConfig, ingested: Sequence[Completion], written: Seq
 
 def _nothing_usable(config: DatasetConfig, ingested: Sequence[Completion]) -> str:
     bad = sum(sum(done.payload["reasons"].values()) for done in ingested)
-    examples = sorted({reason for done in ingested for reason in done.payload["reasons"]})[:3]
+    examples = sorted({reason for done in ingested for reason in done.payload["reasons"]})[:2]
     found = f"{bad} rows, none with a usable image ({'; '.join(examples)})" if bad else "no rows at all"
     return (
         f"the source '{config.source}' at {config.path or 'its packaged files'} has {found}; correct dataset.path and its columns"
@@ -115,7 +126,18 @@ def _ingest(context: UnitContext) -> Json:
         name = f"quarantine/part-{context.unit.arguments['index']:05d}-of-{context.unit.arguments['of']:05d}.parquet"
         columns = {"source_uri": [row.source_uri for row in bad], "reason": [row.reason for row in bad]}
         write_table(context.output(name), build_table(QUARANTINE, columns))
-    return {"rows": len(good), "reasons": dict(sorted(Counter(row.reason for row in bad).items()))}
+    return {"rows": len(good), "reasons": dict(sorted(Counter(_kind(row.reason) for row in bad).items()))}
+
+
+def _kind(reason: str) -> str:
+    """A reason without the numbers that would make every broken image a kind of its own."""
+    head, bracket, details = reason.partition("(")
+    return re.sub(r"\d+ x \d+", "N x N", head) + bracket + _NUMBERS.sub("N", details)
+
+
+def _commonest(reasons: Counter[str]) -> list[tuple[str, int]]:
+    """The commonest reasons by number, equally common ones by name."""
+    return sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_REASONS]
 
 
 def _checked(row: RawExample | BadExample, max_pixels: int) -> RawExample | BadExample:

@@ -76,11 +76,11 @@ def _load_cache(storage: Storage) -> dict[str, str]:
     if not storage.exists(CACHE_PATH):
         return {}
     try:
-        cache: dict[str, str] = json.loads(storage.read_bytes(CACHE_PATH))
+        cache = json.loads(storage.read_bytes(CACHE_PATH))
     except ValueError:
-        # Only a cache: a damaged one costs a second reading.
-        return {}
-    return cache
+        cache = None
+    # Only a cache: a damaged one costs a second reading.
+    return cache if isinstance(cache, dict) else {}
 
 
 def _sha256(file: SourceFile) -> str:

@@ -1,6 +1,6 @@
-"""The seam between the durable workflow and whatever runs units: four methods, nothing about stages or files."""
+"""The seam between the durable workflow and whatever runs units: five methods, nothing about stages or files."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from hardmoe.execution.task import UnitOutcome, UnitTask
@@ -19,15 +19,18 @@ class Backend(Protocol):
         ...
 
     def slots(self, demand: Resources) -> int:
-        """How many units of this demand can run at a time; the runner keeps at most that many (and a few queued) in flight."""
+        """How many units of this demand to hand over at a time: those that can run, and those that bridge the gaps."""
         ...
 
     def submit(self, task: UnitTask) -> None:
-        """Hand a task over; returns at once or, for a backend without workers, when it has run."""
+        """Hand a task over; returns at once."""
         ...
 
-    def wait(self, timeout: float) -> list[UnitOutcome]:
-        """Outcomes that arrived since the last call; waits up to `timeout` seconds for the first."""
+    def wait(self, timeout: float, meanwhile: Callable[[], None]) -> list[UnitOutcome]:
+        """Outcomes that arrived since the last call; waits up to `timeout` seconds for the first.
+
+        A backend without workers runs a unit here, however long it takes, and calls `meanwhile` now and then.
+        """
         ...
 
     def close(self) -> None:

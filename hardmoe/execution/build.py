@@ -13,12 +13,12 @@ from hardmoe.errors import CorruptFileError
 from hardmoe.execution.task import BuildPaths, StoredCompletion, UnitTask, load_completion
 from hardmoe.execution.worker import StageContext
 from hardmoe.stage import Completion, FileEntry, Finished, Phase, Stage, load_work
-from hardmoe.storage import Storage, join
+from hardmoe.storage import Storage, check_entry, join
 
 _PROVENANCE_UNITS = 2000
 _PROGRESS = "_progress"
 _KEPT_DIRECTORIES = (f"{_PROGRESS}/", "checkpoints/")
-_KEPT_PROGRESS = ("logs", "lease.json", "status.json")
+_LOGS = "logs"
 
 
 class _Driver(StageContext):
@@ -52,7 +52,6 @@ class Build:
         self._generator = load_work(stage).phases(_Driver(stage, self._storage, self.paths))
         self._started = (now(), time.monotonic())
         self.phase: Phase | None = None
-        self.phases_done = 0
         self.finished: Finished | None = None
         self._completions: dict[str, Completion] = {}
         self._replayed: dict[str, list[str]] = {}
@@ -121,7 +120,6 @@ class Build:
                     phase = next(self._generator)
                 else:
                     phase = self._generator.send([self._completions[unit.name] for unit in self.phase.units])
-                    self.phases_done += 1
                 if phase.name in self._replayed:
                     raise ValueError(f"{self.stage.name}: two phases are called '{phase.name}'")
                 self.phase = phase
@@ -148,11 +146,12 @@ class Build:
             staged, final = stored.staged[entry.path], join(self.stage.name, entry.path)
             if self._storage.exists(staged):
                 self._storage.move(staged, final)
-            elif not self._storage.exists(final) or self._storage.size(final) != entry.size:
-                raise CorruptFileError(
-                    f"{self._storage.uri}/{staged} has vanished although its unit was complete; "
-                    f"delete {self._storage.uri}/{self.paths.top} and run again"
-                )
+                continue
+            # A commit that was cut off moved it already; but since then a build of another recipe may have replaced it.
+            try:
+                check_entry(self._storage, final, entry.size, entry.sha256)
+            except CorruptFileError as error:
+                raise CorruptFileError(f"{error}; delete {self._storage.uri}/{self.paths.top} and run again") from error
 
     def _sweep_unvouched(self, vouched: set[str]) -> None:
         """Delete what an abandoned build of another recipe left in the artifact's directory, so that globs find only ours."""
@@ -168,8 +167,11 @@ class Build:
 
 
 def sweep_builds(storage: Storage, artifact: str) -> None:
-    """Delete what builds left of a finished artifact: completions, staged and scratch files; its logs stay."""
+    """Delete what builds left of a finished artifact: completions, staged and scratch files; its logs stay.
+
+    Builds have a directory each. Plain files (the lease, the status, the dataset's cache of digests) are not theirs.
+    """
     progress = join(artifact, _PROGRESS)
-    for name in {path.partition("/")[0] for path in storage.list(progress)} - set(_KEPT_PROGRESS):
+    for name in {path.partition("/")[0] for path in storage.list(progress) if "/" in path} - {_LOGS}:
         storage.delete_tree(join(progress, name))
     storage.sweep(artifact)

@@ -1,7 +1,7 @@
 """The backend without workers: every unit runs in the driver, one at a time. For tests, debuggers and machines without Ray."""
 
-import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from hardmoe.execution.task import UnitOutcome, UnitTask
@@ -10,32 +10,33 @@ from hardmoe.stage import Resources
 
 
 class InlineBackend:
-    """Runs a task when it is submitted; uses a GPU if torch sees one and the stage wants it."""
+    """Runs a task when its outcome is waited for; uses a GPU if torch sees one and the stage wants it."""
 
     def __init__(self) -> None:
-        self._outcomes: list[UnitOutcome] = []
+        self._tasks: deque[UnitTask] = deque()
 
     def prepare(self, demands: Iterable[Resources]) -> None:
         """Nothing to start; a unit simply takes what the machine has."""
 
     def slots(self, demand: Resources) -> int:
-        """One unit at a time."""
+        """One unit at a time, and none ahead: its lease would keep other machines from it for nothing."""
         return 1
 
     def submit(self, task: UnitTask) -> None:
-        """Run the task here and now."""
-        wants_gpu = task.stage.resources.num_gpus is None or task.stage.resources.num_gpus > 0
-        self._outcomes.append(execute_unit(replace(task, use_gpu=wants_gpu and _gpu_available())))
+        """Note the task."""
+        self._tasks.append(task)
 
-    def wait(self, timeout: float) -> list[UnitOutcome]:
-        """Outcomes of what was submitted since."""
-        if not self._outcomes:
-            time.sleep(timeout)
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+    def wait(self, timeout: float, meanwhile: Callable[[], None]) -> list[UnitOutcome]:
+        """Run the next task here and now."""
+        if not self._tasks:
+            return []
+        task = self._tasks.popleft()
+        wants_gpu = task.stage.resources.num_gpus is None or task.stage.resources.num_gpus > 0
+        return [execute_unit(replace(task, use_gpu=wants_gpu and _gpu_available()), meanwhile)]
 
     def close(self) -> None:
         """Nothing to stop."""
+        self._tasks.clear()
 
 
 def _gpu_available() -> bool:

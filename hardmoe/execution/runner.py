@@ -1,34 +1,38 @@
 """The durable workflow: from stages to artifacts, through kills, failures and other drivers on the same root.
 
-First everything that exists is held against the recipe, and nothing is started if anything drifted or nothing is missing.
-Then one loop: start the stages whose inputs exist and whose lease can be had, keep the backend's slots filled (first what has
-the longest chain of stages behind it, then the longest unit), take completions in, commit. A failed unit stops its own
-artifact and what stands on it; the others go on, and the failures are told together at the end. Rejected: an executor per
-stage, which cannot fill idle slots with another expert's units, and recursion over dependencies, which hides what runs at the
-same time.
+One loop: look at the stages whose inputs exist, keep the backend's slots filled longest unit first over all of them, take
+completions in, commit. A failed unit stops its own artifact and what stands on it; the others go on, and the failures are
+told together at the end. A stage's lease is taken when its first unit is handed over and not before, so that any number of
+drivers on one root divide its experts among them instead of one hoarding them all. Rejected: an executor per stage, which
+cannot fill idle slots with another expert's units, and recursion over dependencies, which hides what runs at the same time.
 """
 
 import contextlib
-import heapq
-import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from hardmoe.artifacts.fingerprint import differences, fingerprint
 from hardmoe.artifacts.lease import Holder, Lease, LeaseObserver
 from hardmoe.artifacts.provenance import describe, now
 from hardmoe.artifacts.store import Artifact, ArtifactStore
-from hardmoe.errors import DriftError, HardmoeError, RebuiltInputError, UnitsFailedError
+from hardmoe.errors import HardmoeError, UnitsFailedError
 from hardmoe.execution.backend import Backend
-from hardmoe.execution.build import Build
+from hardmoe.execution.build import Build, sweep_builds
+from hardmoe.execution.frontier import Frontier
+from hardmoe.execution.plan import Plan, check_inputs, find_built
 from hardmoe.execution.progress import Reporter
-from hardmoe.execution.task import UnitOutcome, UnitTask
-from hardmoe.stage import Stage
+from hardmoe.execution.queue import WorkQueue
+from hardmoe.execution.task import BuildPaths, UnitOutcome, UnitTask
+from hardmoe.execution.worker import describe_bug
+from hardmoe.stage import Completion, Resources, Stage
 
-_QUEUED_BEYOND_SLOTS = 1
 _WAIT_SECONDS = 0.2
 _LEASE_POLL_SECONDS = 1.0
+_TOLD = 10
+"""So many different reasons of failures end a run's message; the rest is in the summaries."""
 
 
 @dataclass(frozen=True)
@@ -40,86 +44,6 @@ class RunnerOptions:
     reuse: Sequence[str] = ()
 
 
-@dataclass
-class Plan:
-    """What a recipe's stages look like in a root before anything runs."""
-
-    stages: Sequence[Stage]
-    fingerprints: Mapping[str, str]
-    artifacts: dict[str, Artifact]
-
-    @property
-    def missing(self) -> list[Stage]:
-        """Stages without a record, inputs before what stands on them."""
-        return [stage for stage in self.stages if stage.name not in self.artifacts]
-
-    def heights(self) -> dict[str, int]:
-        """How many stages the longest chain from each stage to the end of the plan has."""
-        heights = {stage.name: 1 for stage in self.stages}
-        for stage in reversed(self.stages):
-            for name in stage.inputs.values():
-                heights[name] = max(heights.get(name, 1), heights[stage.name] + 1)
-        return heights
-
-
-def make_plan(store: ArtifactStore, stages: Sequence[Stage]) -> Plan:
-    """Hold every artifact against its stage.
-
-    Args:
-        store: the root.
-        stages: all stages of the recipe, inputs first.
-
-    Raises:
-        DriftError: an artifact was built from another recipe; names the fields and the remedies.
-        RebuiltInputError: an artifact's input was built again since, with other bytes.
-    """
-    fingerprints: dict[str, str] = {}
-    artifacts: dict[str, Artifact] = {}
-    for stage in stages:
-        fingerprints[stage.name] = fingerprint(stage, {role: fingerprints[name] for role, name in stage.inputs.items()})
-        if (artifact := store.find(stage.name)) is not None:
-            if artifact.record.fingerprint != fingerprints[stage.name]:
-                raise DriftError(_drift(store, stage, artifact, fingerprints))
-            artifacts[stage.name] = artifact
-    plan = Plan(stages, fingerprints, artifacts)
-    check_inputs(store, plan)
-    return plan
-
-
-def check_inputs(store: ArtifactStore, plan: Plan) -> None:
-    """Make sure that every artifact stands on the very inputs that are there now.
-
-    Raises:
-        RebuiltInputError: one does not.
-    """
-    for stage in plan.stages:
-        artifact = plan.artifacts.get(stage.name)
-        if artifact is None:
-            continue
-        for role, name in stage.inputs.items():
-            there = plan.artifacts.get(name)
-            if there is not None and there.record.digest() != artifact.record.inputs[role].record:
-                raise RebuiltInputError(
-                    f"{store.storage.uri}/{stage.name} stands on an earlier '{name}' (built anew since, other bytes); "
-                    f"delete {store.storage.uri}/{stage.name} and what stands on it, then run again"
-                )
-
-
-def _drift(store: ArtifactStore, stage: Stage, artifact: Artifact, fingerprints: Mapping[str, str]) -> str:
-    record = artifact.record
-    recorded = {**record.config, "stage version": record.version}
-    rows = differences(recorded, {**stage.config, "stage version": stage.version})
-    for role, name in stage.inputs.items():
-        reference = record.inputs.get(role)
-        if not rows and (reference is None or reference.fingerprint != fingerprints[name]):
-            rows.append(f"its input '{name}' was built from another recipe")
-    changed = "; ".join(rows) or "its inputs differ"
-    return (
-        f"{store.storage.uri}/{stage.name} was built from another recipe ({changed}); either put the recipe back, or give a new "
-        f"'root' with 'reuse: [{store.storage.uri}]', which takes over every artifact that is still the same"
-    )
-
-
 @dataclass(frozen=True)
 class Failure:
     """A unit, or the driver's part of a stage, that failed for good."""
@@ -129,35 +53,33 @@ class Failure:
     error: HardmoeError | None = None
 
 
-@dataclass(order=True)
-class _Queued:
-    """A task in the queue: those with the longest chain of stages behind them first, then the most costly, then in order."""
-
-    rank: tuple[int, float, int]
-    task: UnitTask = field(compare=False)
+_Key = tuple[str, str, str]
 
 
 class Runner:
-    """Builds the missing artifacts of a plan."""
+    """Builds the missing artifacts of a plan; for one `run` only."""
 
     def __init__(
-        self, store: ArtifactStore, make_backend: Callable[[], Backend], reporter: Reporter, options: RunnerOptions
+        self,
+        store: ArtifactStore,
+        make_backend: Callable[[], Backend],
+        reporter: Reporter,
+        options: RunnerOptions,
+        observer: LeaseObserver | None = None,
     ) -> None:
         self._store = store
         self._make_backend = make_backend
         self._reporter = reporter
         self._options = options
-        self._observer = LeaseObserver(store.storage)
+        self._observer = observer or LeaseObserver(store.storage)
         self._backend: Backend | None = None
         self._builds: dict[str, Build] = {}
-        self._waiting: dict[str, Holder] = {}
-        self._failed: dict[str, Failure] = {}
+        self._waiting: set[str] = set()
         self._failures: list[Failure] = []
-        self._queue: list[_Queued] = []
-        self._in_flight: dict[tuple[str, str, str], UnitTask] = {}
-        self._losses: dict[tuple[str, str, str], tuple[int, str]] = {}
-        self._order = itertools.count()
-        self._heights: Mapping[str, int] = {}
+        self._queue = WorkQueue()
+        self._in_flight: dict[_Key, UnitTask] = {}
+        self._running: Counter[Resources] = Counter()
+        self._losses: dict[_Key, tuple[int, str]] = {}
         self._next_poll = 0.0
 
     def run(self, plan: Plan) -> None:
@@ -167,127 +89,126 @@ class Runner:
             UnitsFailedError: some units failed for good; the rest was built.
             HardmoeError: the driver's part of a stage failed (bad data, a full disk, a lost lease).
         """
-        self._heights = plan.heights()
+        self._plan = plan
+        self._frontier = Frontier(plan.stages, plan.artifacts)
         with self._reporter:
             try:
-                while self._open_stages(plan):
-                    self._start_ready(plan)
-                    self._submit(plan)
+                self._sweep_after_kills()
+                # A failed artifact's other units go on to their completions, so that the next run does only what is missing.
+                while self._frontier.open or self._in_flight or self._queue:
+                    self._reporter.tell_failures()
+                    self._start_ready()
+                    self._submit()
                     self._receive()
-                    self._commit_finished(plan)
-                    self._reporter.tick(self._builds, self._in_flight.values())
+                    self._commit_finished()
+                    self._tick()
             finally:
                 self._close()
         if self._failures:
             raise self._summary()
         check_inputs(self._store, plan)
 
-    def _open_stages(self, plan: Plan) -> bool:
-        """Whether anything can still happen: a stage neither built, failed, nor standing on a failed one."""
-        blocked = set(self._failed)
-        for stage in plan.stages:
-            if any(name in blocked for name in stage.inputs.values()):
-                blocked.add(stage.name)
-        # A failed artifact's other units go on to their completions, so that the next run does only what is missing.
-        return bool(self._in_flight or self._queue) or any(stage.name not in blocked for stage in plan.missing)
+    def _sweep_after_kills(self) -> None:
+        """Clean up where a driver was killed between its record and the end of its lease."""
+        for name in self._plan.artifacts:
+            if not self._store.storage.exists(BuildPaths(name, "").lease):
+                continue
+            if isinstance(lease := self._observer.acquire(name), Lease):
+                sweep_builds(self._store.storage, name)
+                lease.release()
 
-    def _start_ready(self, plan: Plan) -> None:
+    def _start_ready(self) -> None:
         poll = time.monotonic() >= self._next_poll
-        for stage in plan.missing:
-            ready = all(name in plan.artifacts for name in stage.inputs.values())
-            if (
-                not ready
-                or stage.name in self._builds
-                or stage.name in self._failed
-                or (stage.name in self._waiting and not poll)
-            ):
-                continue
-            inputs = {role: plan.artifacts[name] for role, name in stage.inputs.items()}
-            # Another driver may have finished it since, here or in a root that this run may take from.
-            found = self._store.find(stage.name) or self._reused(stage, plan, inputs)
-            if found is not None:
-                plan.artifacts[stage.name] = found
-                self._waiting.pop(stage.name, None)
-                continue
-            lease = self._observer.acquire(stage.name)
-            if isinstance(lease, Lease):
-                self._waiting.pop(stage.name, None)
-                self._start(stage, plan, inputs, lease)
-            elif stage.name not in self._waiting:
-                self._waiting[stage.name] = lease
-                self._reporter.say(f"{stage.name}: being built by {lease}; waiting for it")
+        # With nothing else to choose from, a stage begins at once; among several, each is looked at for the cost of its units
+        # and put into the queue, so that the longest over all of them comes first.
+        alone = len(self._frontier.ready) == 1 and not self._queue
+        for stage in list(self._frontier.ready):
+            if stage.name not in self._waiting or poll:
+                self._guarded(stage.name, partial(self._begin, stage, keep=alone))
         if poll:
             self._next_poll = time.monotonic() + _LEASE_POLL_SECONDS
 
-    def _reused(self, stage: Stage, plan: Plan, inputs: Mapping[str, Artifact]) -> Artifact | None:
+    def _begin(self, stage: Stage, *, keep: bool) -> None:
+        """Find the artifact, take it over from another root, or begin to build it; or wait for whoever is building it."""
+        if (found := find_built(self._store, self._plan, stage)) is not None:
+            self._have(stage, found)
+            return
+        lease = self._observer.acquire(stage.name)
+        if not isinstance(lease, Lease):
+            self._wait_for(stage, lease)
+            return
+        self._waiting.discard(stage.name)
+        with contextlib.ExitStack() as undo:
+            undo.callback(lease.release)
+            # Between our look and the lease the other driver may have committed and released.
+            found = find_built(self._store, self._plan, stage) or self._reused(stage)
+            if found is not None:
+                self._have(stage, found)
+                return
+            build = Build(self._store, stage, self._plan.fingerprints[stage.name], self._inputs(stage), lease)
+            tasks = build.start()
+            self._frontier.begin(stage)
+            if tasks and not keep:
+                self._queue.push(stage, max(task.unit.cost for task in tasks))
+                return
+            self._builds[stage.name] = build
+            undo.pop_all()
+        self._reporter.started(build)
+        self._enqueue(tasks)
+
+    def _reused(self, stage: Stage) -> Artifact | None:
+        if not self._options.reuse:
+            return None
         provenance = describe(now(), 0.0, reused=True)
-        found = self._store.reuse(stage.name, plan.fingerprints[stage.name], inputs, self._options.reuse, provenance)
+        fingerprint = self._plan.fingerprints[stage.name]
+        found = self._store.reuse(stage.name, fingerprint, self._inputs(stage), self._options.reuse, provenance)
         if found is not None:
             self._reporter.say(f"{stage.name}: taken over from {found.record.reused_from}")
         return found
 
-    def _start(self, stage: Stage, plan: Plan, inputs: Mapping[str, Artifact], lease: Lease) -> None:
-        # Between our look and the lease the other driver may have committed and released.
-        if (found := self._store.find(stage.name)) is not None:
-            lease.release()
-            plan.artifacts[stage.name] = found
-            return
-        build = Build(self._store, stage, plan.fingerprints[stage.name], inputs, lease)
-        self._builds[stage.name] = build
-        self._reporter.started(stage.name)
-        self._drive(build, build.start)
+    def _submit(self) -> None:
+        """Hand over the most costly of what waits, as long as there is room."""
+        if self._queue and self._backend is None:
+            self._backend = self._make_backend()
+            self._backend.prepare([stage.resources for stage in self._plan.missing])
+        while (item := self._queue.pop(self._has_room)) is not None:
+            if isinstance(item, Stage):
+                self._guarded(item.name, partial(self._begin, item, keep=True))
+                continue
+            assert self._backend is not None
+            self._in_flight[_key(item)] = item
+            self._running[item.stage.resources] += 1
+            self._reporter.submitted(item)
+            self._backend.submit(item)
 
-    def _drive(self, build: Build, step: Callable[[], list[UnitTask]]) -> None:
-        """Run the driver's part of a stage and queue the tasks that it gives."""
-        try:
-            tasks = step()
-        except HardmoeError as error:
-            self._fail(build.stage.name, Failure(build.stage.name, str(error), error))
-            return
-        for task in tasks:
-            self._enqueue(task)
-
-    def _enqueue(self, task: UnitTask) -> None:
-        rank = (-self._heights.get(task.stage.name, 0), -task.unit.cost, next(self._order))
-        heapq.heappush(self._queue, _Queued(rank, task))
-
-    def _submit(self, plan: Plan) -> None:
-        if not self._queue:
-            return
-        if self._backend is None:
-            backend = self._make_backend()
-            self._backend = backend
-            backend.prepare([stage.resources for stage in plan.missing])
-        while self._queue:
-            task = self._queue[0].task
-            slots = self._backend.slots(task.stage.resources)
-            limit = min(slots + _QUEUED_BEYOND_SLOTS, self._options.parallel or slots + _QUEUED_BEYOND_SLOTS)
-            if len(self._in_flight) >= limit:
-                return
-            heapq.heappop(self._queue)
-            self._in_flight[_key(task)] = task
-            self._backend.submit(task)
+    def _has_room(self, demand: Resources) -> bool:
+        assert self._backend is not None
+        total = len(self._in_flight)
+        return total < (self._options.parallel or total + 1) and self._running[demand] < self._backend.slots(demand)
 
     def _receive(self) -> None:
         if self._backend is None or not self._in_flight:
             time.sleep(_WAIT_SECONDS if self._waiting else 0.0)
             return
-        for outcome in self._backend.wait(_WAIT_SECONDS):
+        for outcome in self._backend.wait(_WAIT_SECONDS, self._tick):
             self._handle(outcome)
 
     def _handle(self, outcome: UnitOutcome) -> None:
         task = outcome.task
+        name = task.stage.name
         del self._in_flight[_key(task)]
-        build = self._builds.get(task.stage.name)
+        self._running[task.stage.resources] -= 1
         if outcome.infrastructure is not None:
             self._lost(task, outcome.infrastructure)
         elif outcome.error is not None:
-            self._fail(task.stage.name, Failure(task.label, outcome.error))
-        elif build is not None and outcome.completion is not None:
-            completion = outcome.completion
-            self._reporter.unit_done(task, outcome.seconds)
-            if task.stage.name not in self._failed:
-                self._drive(build, lambda: build.complete(completion))
+            self._fail(name, Failure(task.label, outcome.error))
+        elif outcome.completion is not None and not self._frontier.failed(name):
+            self._guarded(name, partial(self._complete, self._builds[name], task, outcome.completion))
+
+    def _complete(self, build: Build, task: UnitTask, completion: Completion) -> None:
+        self._reporter.unit_done(task)
+        self._enqueue(build.complete(completion))
+        self._reporter.advanced(build)
 
     def _lost(self, task: UnitTask, reason: str) -> None:
         """Give a unit whose worker died another try, unless it keeps dying without getting any further."""
@@ -296,44 +217,96 @@ class Runner:
         count = 1 if checkpoint != at else count + 1
         self._losses[_key(task)] = (count, checkpoint)
         if count >= self._options.attempts:
-            sentence = f"its worker died {count} times without a new checkpoint in between, the last time so: {reason}"
-            self._fail(task.stage.name, Failure(task.label, sentence))
+            times = f"{count} times without a new checkpoint in between, the last time so" if count > 1 else "so"
+            self._fail(task.stage.name, Failure(task.label, f"its worker died {times}: {reason}"))
             return
         self._reporter.say(f"{task.label}: lost its worker ({reason}); trying again ({count} of {self._options.attempts})")
-        self._enqueue(task)
+        self._enqueue([task])
 
-    def _commit_finished(self, plan: Plan) -> None:
+    def _commit_finished(self) -> None:
         for name, build in list(self._builds.items()):
-            if build.finished is None or name in self._failed:
-                continue
-            try:
-                plan.artifacts[name] = build.commit()
-            except HardmoeError as error:
-                self._fail(name, Failure(name, str(error), error))
-                continue
-            del self._builds[name]
-            self._reporter.finished(name)
-            build.lease.release()
+            if build.finished is not None and not self._frontier.failed(name):
+                self._guarded(name, partial(self._commit, build))
 
-    def _fail(self, stage_name: str, failure: Failure) -> None:
+    def _commit(self, build: Build) -> None:
+        artifact = build.commit()
+        del self._builds[build.stage.name]
+        self._have(build.stage, artifact)
+        self._reporter.finished(build.stage.name, len(self._plan.artifacts), len(self._plan.stages))
+        build.lease.release()
+
+    def _guarded(self, name: str, step: Callable[[], None]) -> None:
+        """Do a driver's part of a stage; whatever it raises fails this stage and no other."""
+        try:
+            step()
+        except HardmoeError as error:
+            self._fail(name, Failure(name, str(error), error))
+        except Exception as error:  # noqa: BLE001 - the units of other stages must not be lost to an error in this one
+            with contextlib.suppress(HardmoeError):
+                self._store.storage.write_bytes(BuildPaths(name, "").driver_log, traceback.format_exc().encode())
+            self._fail(name, Failure(name, describe_bug(error, name)))
+
+    def _fail(self, name: str, failure: Failure) -> None:
         self._failures.append(failure)
-        self._failed.setdefault(stage_name, failure)
-        self._reporter.failed(stage_name, failure.label, failure.sentence)
+        self._frontier.fail(name)
+        self._waiting.discard(name)
+        self._reporter.failed(name, failure.label, failure.sentence)
+
+    def _have(self, stage: Stage, artifact: Artifact) -> None:
+        self._plan.artifacts[stage.name] = artifact
+        self._waiting.discard(stage.name)
+        self._frontier.finish(stage)
+
+    def _wait_for(self, stage: Stage, holder: Holder) -> None:
+        self._frontier.put_back(stage)
+        if stage.name not in self._waiting:
+            self._waiting.add(stage.name)
+            self._reporter.say(f"{stage.name}: being built by {holder}; waiting for it")
+
+    def _enqueue(self, tasks: Sequence[UnitTask]) -> None:
+        for task in tasks:
+            self._queue.push(task, task.unit.cost)
+
+    def _inputs(self, stage: Stage) -> dict[str, Artifact]:
+        return {role: self._plan.artifacts[name] for role, name in stage.inputs.items()}
+
+    def _tick(self) -> None:
+        self._reporter.tick(self._builds, self._in_flight.values())
 
     def _summary(self) -> HardmoeError:
         if len(self._failures) == 1 and self._failures[0].error is not None:
             return self._failures[0].error
-        lines = "\n".join(f"  {failure.label}: {failure.sentence}" for failure in self._failures)
-        return UnitsFailedError(f"{len(self._failures)} failed, everything else is kept; running again does only these:\n{lines}")
+        by_sentence: dict[str, list[str]] = {}
+        for failure in self._failures:
+            by_sentence.setdefault(failure.sentence, []).append(failure.label)
+        # One reason may have failed a thousand units.
+        lines = [f"{_listed(labels)}: {sentence}" for sentence, labels in by_sentence.items()]
+        if len(lines) == 1:
+            return UnitsFailedError(f"{lines[0]} (everything else is kept; running again does only what is missing)")
+        told = "\n".join(f"  {line}" for line in lines[:_TOLD])
+        if len(lines) > _TOLD:
+            told += f"\n  … and {len(lines) - _TOLD} more reasons; see them all with 'hardmoe logs --failed'"
+        return UnitsFailedError(f"{len(self._failures)} failed, everything else is kept; running again does only these:\n{told}")
 
     def _close(self) -> None:
-        self._reporter.stopped(self._builds)
-        if self._backend is not None:
-            self._backend.close()
-        for build in self._builds.values():
-            with contextlib.suppress(HardmoeError):
-                build.lease.release()
+        """Stop the workers first, then say how things stand and give the leases back; each whatever became of the others."""
+        with contextlib.ExitStack() as steps:
+            for build in self._builds.values():
+                steps.callback(_release_quietly, build)
+            steps.callback(self._reporter.stopped, self._builds)
+            if self._backend is not None:
+                steps.callback(self._backend.close)
 
 
-def _key(task: UnitTask) -> tuple[str, str, str]:
+def _release_quietly(build: Build) -> None:
+    # What made the run end is already being told; a lease that cannot be given back ends with this process.
+    with contextlib.suppress(HardmoeError):
+        build.lease.release()
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
+
+
+def _key(task: UnitTask) -> _Key:
     return (task.stage.name, task.phase, task.unit.name)

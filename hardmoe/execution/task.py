@@ -19,6 +19,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from hardmoe.artifacts.lease import LEASE_NAME
 from hardmoe.config import Json
 from hardmoe.errors import CorruptFileError
 from hardmoe.stage import Completion, FileEntry, Stage, Unit
@@ -52,6 +53,16 @@ class BuildPaths:
     def log(self, phase: str, unit: str) -> str:
         """What a unit said."""
         return join(self.artifact, "_progress", "logs", f"{phase}.{unit}.log")
+
+    @property
+    def driver_log(self) -> str:
+        """What went wrong in the driver's part."""
+        return join(self.artifact, "_progress", "logs", "driver.log")
+
+    @property
+    def lease(self) -> str:
+        """Who builds the artifact."""
+        return join(self.artifact, LEASE_NAME)
 
     @property
     def status(self) -> str:

@@ -147,7 +147,10 @@ def _from_torchvision(name: str, image_size: int, stem: str) -> Backbone:
     try:
         network = torchvision.models.get_model(name, weights=None, **options)
     except (AssertionError, ValueError) as error:
-        raise RecipeError(f"the backbone '{name}' cannot be built for images of {image_size} pixels: {error}") from error
+        raise RecipeError(
+            f"the backbone '{name}' cannot be built for images of {image_size} pixels ({error}); "
+            "set another trunk.image_size or choose another backbone"
+        ) from error
     if isinstance(network, torchvision.models.ResNet) and (stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE)):
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -173,8 +176,17 @@ def _from_factory(name: str, image_size: int) -> Backbone:
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(f"cannot load the backbone '{name}': {error}; give an importable package.module:factory") from error
-    network = factory(image_size=image_size)
+        raise RecipeError(
+            f"cannot load the backbone '{name}': {error}; give an importable package.module:factory (installed, or on PYTHONPATH)"
+        ) from error
+    try:
+        network = factory(image_size=image_size)
+    except Exception as error:
+        # The user's own code may raise anything; which call it was is what we add.
+        raise RecipeError(
+            f"the backbone '{name}', called with image_size={image_size}, raised {type(error).__name__}: {error}; "
+            "correct the factory (--debug shows where)"
+        ) from error
     num_features = getattr(network, "num_features", None)
     if not isinstance(network, nn.Module) or not isinstance(num_features, int):
         found = type(network).__name__

@@ -37,6 +37,19 @@ class _Affine(nn.Module):
         self.bias = nn.Parameter(bias)
 
 
+def check_width(dim: int, num_features: int) -> None:
+    """Hold the width of the unified space against the experts'.
+
+    Raises:
+        RecipeError: it is more than twice as wide.
+    """
+    if dim > 2 * num_features:
+        raise RecipeError(
+            f"decoder.dim {dim} is more than twice the experts' width {num_features}, where a shared decoder becomes "
+            f"private ones in disguise: set it to at most {2 * num_features}"
+        )
+
+
 class SharedDecoder(nn.Module):
     """Alignment and decoder over K experts' features.
 
@@ -91,11 +104,7 @@ class SharedDecoder(nn.Module):
             RecipeError: if `dim` is more than twice the experts' width.
         """
         width = num_features if dim is None else dim
-        if width > 2 * num_features:
-            raise RecipeError(
-                f"decoder.dim {width} is more than twice the experts' width {num_features}, where a shared decoder becomes "
-                f"private ones in disguise: set it to at most {2 * num_features}"
-            )
+        check_width(width, num_features)
         start_weight_VE = start_weight_VE.detach().float().cpu()
         if start_weight_VE.shape[1] != num_features:
             start_weight_VE = torch.zeros(start_weight_VE.shape[0], num_features)

@@ -10,6 +10,7 @@ import glob
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def _expand(pattern: str) -> list[Path]:
     found = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
     if files := [match for match in found if match.is_file()]:
         return files
-    raise DataError(f"dataset.path {pattern!r} matches no file (looked from {Path.cwd()}); correct the path")
+    here = "" if path.is_absolute() else f" (looked from {Path.cwd()})"
+    raise DataError(f"dataset.path {pattern!r} matches no file{here}; correct the path")
 
 
 def _find_files(config: DatasetConfig) -> dict[str, Path]:
@@ -104,18 +106,21 @@ class ParquetSource:
     """Rows of Parquet files; see the module's docstring."""
 
     def __init__(self, config: DatasetConfig) -> None:
-        """Find the files.
+        """Remember what is asked; the files are looked for when they are listed, and not by every worker again."""
+        self._config = config
+        chosen = {key: getattr(config, key) for key in _EXPECTED}
+        self._columns: dict[str, str] = {key: column for key, column in chosen.items() if column is not None}
+
+    @cached_property
+    def _paths(self) -> dict[str, Path]:
+        return _find_files(self._config)
+
+    def files(self) -> list[SourceFile]:
+        """The Parquet files, named relative to their common folder.
 
         Raises:
             DataError: no path, or a path that matches nothing.
         """
-        self._config = config
-        self._paths = _find_files(config)
-        chosen = {key: getattr(config, key) for key in _EXPECTED}
-        self._columns: dict[str, str] = {key: column for key, column in chosen.items() if column is not None}
-
-    def files(self) -> list[SourceFile]:
-        """The Parquet files, named relative to their common folder."""
         stats = [(name, path, path.stat()) for name, path in self._paths.items()]
         return [SourceFile(name, str(path), stat.st_size, stat.st_mtime_ns) for name, path, stat in stats]
 
@@ -125,12 +130,12 @@ class ParquetSource:
         Raises:
             DataError: a file is not Parquet, lacks a column or has one of another type, or there are no rows at all.
         """
-        items = [item for path in self._paths.values() for item in self._ranges(str(path))]
+        items = [item for name, path in self._paths.items() for item in self._ranges(name, str(path))]
         if not items:
             raise DataError(f"the Parquet files of dataset.path {self._config.path!r} have no rows; correct the path")
         return [SourceShard(f"{number:05d}-of-{len(items):05d}", item) for number, item in enumerate(items)]
 
-    def _ranges(self, path: str) -> Iterator[dict[str, Json]]:
+    def _ranges(self, name: str, path: str) -> Iterator[dict[str, Json]]:
         """Consecutive row groups of one file, as many as stay within `shard_rows` but at least one."""
         with _open(path) as file:
             self._check_columns(file.schema_arrow, path)
@@ -139,7 +144,8 @@ class ParquetSource:
         for group, num_rows in enumerate([*group_rows, 0]):
             is_end = group == len(group_rows)
             if rows and (is_end or rows + num_rows > self._config.shard_rows):
-                yield {"path": path, "row_groups": [start, group], "first_row": first_row, "num_rows": rows}
+                groups = {"row_groups": [start, group], "first_row": first_row, "num_rows": rows}
+                yield {"name": name, "path": path, **groups}
                 start, rows, first_row = group, 0, first_row + rows
             rows += num_rows
 
@@ -148,8 +154,8 @@ class ParquetSource:
             fits, expected = _EXPECTED[key]
             if column not in schema.names:
                 nearest = get_close_matches(column, schema.names, n=1)
-                suggestion = f", nearest is {nearest[0]!r}" if nearest else ""
-                raise DataError(f"{path} has no column {column!r}, only {', '.join(schema.names)}{suggestion}; set dataset.{key}")
+                suggestion = f", perhaps to {nearest[0]!r}" if nearest else ""
+                raise DataError(f"{path} has no column {column!r}, only {', '.join(schema.names)}; set dataset.{key}{suggestion}")
             if schema.names.count(column) > 1:
                 raise DataError(f"{path} has more than one column {column!r}; rename them or set dataset.{key}")
             if not fits(found := schema.field(column).type):
@@ -169,18 +175,19 @@ class ParquetSource:
             columns = sorted(set(self._columns.values()))
             try:
                 for batch in file.iter_batches(_BATCH_ROWS, row_groups=range(start, end), columns=columns):
-                    yield from self._examples(batch, path, row)
+                    yield from self._examples(batch, shard.items["name"], row)
                     row += batch.num_rows
             except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
                 raise DataError(f"{path} is damaged at row {row} or soon after ({error}); write the file again") from error
 
-    def _examples(self, batch: pa.RecordBatch, path: str, first_row: int) -> Iterator[RawExample | BadExample]:
+    def _examples(self, batch: pa.RecordBatch, name: str, first_row: int) -> Iterator[RawExample | BadExample]:
         nothing: list[Any] = [None] * batch.num_rows
         images, tags, keys, splits = (
             batch.column(self._columns[key]).to_pylist() if key in self._columns else nothing for key in _EXPECTED
         )
         for offset in range(batch.num_rows):
-            uri = f"{path}#row={first_row + offset}"
+            # By the file's name within the source and not by its path: moved data must give the same tables.
+            uri = f"{name}#row={first_row + offset}"
             image = images[offset]["bytes"] if isinstance(images[offset], dict) else images[offset]
             if image is None:
                 yield BadExample(uri, "null image")
@@ -192,7 +199,8 @@ class ParquetSource:
     def _split(self, value: str | None, uri: str) -> str | None:
         column = self._columns.get("split_column")
         if column is not None and value not in _SPLITS:
-            raise DataError(f"{uri}: split {value!r} in column {column!r} is none of {', '.join(_SPLITS)}; rename it in the data")
+            found = "null" if value is None else repr(value)
+            raise DataError(f"{uri}: split {found} in column {column!r} is none of {', '.join(_SPLITS)}; correct the data")
         return value
 
 

@@ -10,19 +10,23 @@ import logging
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hardmoe.errors import BackendError
+from hardmoe.execution.ray.scratch import make_scratch
 from hardmoe.execution.task import UnitOutcome, UnitTask
 from hardmoe.execution.worker import execute_unit
 from hardmoe.stage import Resources
 
 _OBJECT_STORE_BYTES = 128 * 2**20
-_QUEUED_PER_SLOT = 1
+_QUEUED_AHEAD = 1
+_CONNECT_SECONDS = 10.0
 
 
 class RayBackend:
@@ -33,6 +37,7 @@ class RayBackend:
         self._running: dict[Any, UnitTask] = {}
         self._nodes: list[dict[str, float]] = []
         self._temporary: Path | None = None
+        self._remote: Any = None
 
     def prepare(self, demands: Iterable[Resources]) -> None:
         """Start or join Ray, then hold every demand against every node."""
@@ -40,7 +45,7 @@ class RayBackend:
         if not self._nodes:
             self._start(max((demand.num_cpus for demand in demands), default=1))
         for demand in demands:
-            if self.slots(demand) == 0:
+            if self._fitting(demand) == 0:
                 there = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes) or "no node"
                 raise BackendError(
                     f"a unit asks for {demand.num_cpus} CPUs and {demand.num_gpus or 0:g} GPUs, which no node of the Ray cluster "
@@ -48,7 +53,10 @@ class RayBackend:
                 )
 
     def slots(self, demand: Resources) -> int:
-        """Units of this demand that fit on the nodes, all told."""
+        """Units of this demand that fit on the nodes, all told, and one to follow the first that is done."""
+        return self._fitting(demand) + _QUEUED_AHEAD
+
+    def _fitting(self, demand: Resources) -> int:
         gpus = self._gpus(demand)
         total = 0
         for node in self._nodes:
@@ -59,14 +67,11 @@ class RayBackend:
 
     def submit(self, task: UnitTask) -> None:
         """Queue the task as a Ray task of its own."""
-        import ray
-
         gpus = self._gpus(task.stage.resources)
         options = {"num_cpus": task.stage.resources.num_cpus, "num_gpus": gpus, "max_retries": 0, "name": task.label}
-        remote: Any = ray.remote(execute_unit).options(**options)
-        self._running[remote.remote(replace(task, use_gpu=gpus > 0))] = task
+        self._running[self._remote.options(**options).remote(replace(task, use_gpu=gpus > 0))] = task
 
-    def wait(self, timeout: float) -> list[UnitOutcome]:
+    def wait(self, timeout: float, meanwhile: Callable[[], None]) -> list[UnitOutcome]:
         """Outcomes that arrived, with a dead worker's told apart from a failed unit's."""
         import ray
 
@@ -97,9 +102,10 @@ class RayBackend:
             outcome: UnitOutcome = ray.get(reference)
             return outcome
         except ray.exceptions.RayTaskError as error:
-            return UnitOutcome(task, error=f"{type(error).__name__}: {str(error).splitlines()[-1]}")
+            return UnitOutcome(task, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
         except ray.exceptions.RayError as error:
-            return UnitOutcome(task, infrastructure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            lines = str(error).strip().splitlines()
+            return UnitOutcome(task, infrastructure=f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
 
     def _gpus(self, demand: Resources) -> float:
         if demand.num_gpus is not None:
@@ -114,17 +120,41 @@ class RayBackend:
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address == "local":
-            # A short path: Ray's Unix sockets below it must stay under the 107 bytes that the kernel allows.
-            self._temporary = Path(tempfile.mkdtemp(prefix="hardmoe-ray-"))
+            self._temporary = make_scratch()
             options |= {
                 "num_cpus": max(os.cpu_count() or 1, least_cpus),
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": str(self._temporary),
             }
+        else:
+            _check_reachable(self._address)
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self._address, **options)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BackendError(f"cannot start or reach Ray at '{self._address}': {reason}; check execution.address") from error
+        finally:
+            # Ray replaces the handler by one that exits at once; ours lets the run release its leases.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
         self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # Made once: every new remote function is shipped to all workers again.
+        self._remote = ray.remote(execute_unit)
+
+
+def _check_reachable(address: str) -> None:
+    """Knock at the door: Ray itself waits several minutes for a head node that is not there."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdecimal():
+        return  # `auto`, or a form that Ray knows about and answers at once
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
+            return
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BackendError(
+            f"no Ray answers at '{address}' ({reason}); correct execution.address (the head node's host:6379), "
+            "or use 'local' for a Ray of this machine"
+        ) from error

@@ -9,9 +9,9 @@ import torch
 from hardmoe.data.loader import batch_slice, epoch_order
 from hardmoe.decoder.config import DecoderConfig
 from hardmoe.decoder.fit import EmbeddingSet, evaluate, fit
-from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.errors import DataError, HardmoeError
 from hardmoe.hashing import derive_seed
+from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.storage import LocalStorage
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.loop import TrainingSinks
@@ -86,12 +86,12 @@ def numpy_fit(model: SharedDecoder, examples: EmbeddingSet, config: DecoderConfi
     return p, epoch_losses
 
 
-def test_fit_equals_a_float64_reference_written_by_hand(tmp_path):
+def test_fit_equals_a_float64_reference_written_by_hand():
     config = DecoderConfig(epochs=3, batch_size=25, learning_rate=0.02, weight_decay=0.1, dim=2 * E)
     examples = EmbeddingSet.from_rows(*embedding_rows())
     model = start(dim=2 * E)
     expected, losses = numpy_fit(model, examples.labelled(), config, seed=4)
-    log = MetricsLog(LocalStorage(tmp_path), "metrics.jsonl")
+    log = MetricsLog()
 
     result = fit(model, examples, None, config, seed=4, sinks=TrainingSinks(log=log))
 
@@ -143,24 +143,24 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, killed_af
     config = DecoderConfig(epochs=3, batch_size=12, checkpoint_every_steps=3, align=align)
 
     def sinks(name: str, progress=None) -> TrainingSinks:
-        storage = LocalStorage(tmp_path / name)
-        return TrainingSinks(Checkpoints(storage, "checkpoints"), MetricsLog(storage, "metrics.jsonl"), progress)
+        return TrainingSinks(Checkpoints(LocalStorage(tmp_path / name), "checkpoints"), MetricsLog(), progress)
 
     def kill(progress):
         if progress.step == killed_after:
             raise KilledError
 
     whole, resumed = start(align), start(align)
-    expected = fit(whole, training, validation, config, 0, sinks("whole"))
+    logs = [sinks("whole"), sinks("killed", lambda progress: steps.append(progress.step))]
+    expected = fit(whole, training, validation, config, 0, logs[0])
     with pytest.raises(KilledError):
         fit(start(align), training, validation, config, 0, sinks("killed", kill))
     steps = []
-    result = fit(resumed, training, validation, config, 0, sinks("killed", lambda progress: steps.append(progress.step)))
+    result = fit(resumed, training, validation, config, 0, logs[1])
 
     assert steps[0] == killed_after // 3 * 3 + 1
     assert_same_bits(weights(resumed), weights(whole))
     assert result == expected
-    written = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "whole")]
+    written = [sinks.log.to_bytes() for sinks in logs]
     assert written[0] == written[1]
     rows = [json.loads(line) for line in written[0].splitlines()]
     assert [row["epoch"] for row in rows if "validation_precision@1" in row] == [1, 2, 3]

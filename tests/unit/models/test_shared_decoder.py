@@ -6,8 +6,8 @@ import torch
 from pydantic import ValidationError
 
 from hardmoe.decoder.config import DecoderConfig
-from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.errors import RecipeError
+from hardmoe.models.shared_decoder import SharedDecoder
 
 K, E, Z, V = 3, 4, 6, 5
 

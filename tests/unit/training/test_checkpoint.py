@@ -52,6 +52,49 @@ def test_save_keeps_the_newest_two_and_sweeps_what_was_never_finished(storage: L
     assert storage.list(PREFIX) == expected
 
 
+def test_an_attempt_that_lags_behind_leaves_the_checkpoints_of_the_one_ahead(checkpoints: Checkpoints) -> None:
+    """A worker cut off from its driver used to delete the newer checkpoints of the attempt that had taken over."""
+    for step in (10, 20, 30, 15):
+        checkpoints.save(step, tensors(step), {})
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 30
+
+
+class Raced(LocalStorage):
+    """Another attempt, further ahead, deletes a checkpoint at the moment it is touched here."""
+
+    doomed = "step-00000020"
+
+    def read_bytes(self, path: str) -> bytes:
+        if self.doomed in path:
+            self.delete_tree(f"{PREFIX}/{self.doomed}")
+        return super().read_bytes(path)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        if self.doomed in path and path.endswith("state.json") and json.loads(data)["state"] == "late":
+            raise StorageError(f"cannot write {path}: there is no such file")
+        super().write_bytes(path, data)
+
+
+def test_a_checkpoint_deleted_while_it_is_read_is_passed_over(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Raced(tmp_path), PREFIX)
+    for step in (10, 20):
+        checkpoints.save(step, tensors(step), "early")
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 10
+
+
+def test_a_checkpoint_deleted_while_it_is_written_does_not_stop_the_training(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Raced(tmp_path), PREFIX)
+    checkpoints.save(40, tensors(40), "early")
+    checkpoints.save(20, tensors(20), "late")
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 40
+
+
 def test_steps_are_ordered_as_numbers(checkpoints: Checkpoints) -> None:
     for step in (99_999_999, 100_000_000):
         checkpoints.save(step, tensors(1), {})

@@ -74,9 +74,10 @@ class Attempt:
                 raise Killed
 
         model = make_model(self.backbone)
-        sinks = TrainingSinks(Checkpoints(self.storage, "checkpoints"), MetricsLog(self.storage, "metrics.jsonl"), watch)
+        log = MetricsLog()
+        sinks = TrainingSinks(Checkpoints(self.storage, "checkpoints"), log, watch)
         result = train(model, EXAMPLES, self.config, seed=self.seed, device=CPU, validation=VALIDATION, sinks=sinks)
-        return result, model.state_dict(), self.storage.read_bytes("metrics.jsonl")
+        return result, model.state_dict(), log.to_bytes()
 
 
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -215,9 +216,9 @@ def test_the_losses_and_weights_are_those_of_a_plain_loop_written_out() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_validation_scores_equal_a_count_by_hand(tmp_path: Path) -> None:
+def test_validation_scores_equal_a_count_by_hand() -> None:
     model = make_model()
-    log = MetricsLog(LocalStorage(tmp_path), "metrics.jsonl")
+    log = MetricsLog()
     train(model, EXAMPLES, CONFIG, seed=0, device=CPU, validation=VALIDATION, sinks=TrainingSinks(log=log))
     with torch.inference_mode():
         logits = model(normalise_images(torch.from_numpy(VALIDATION.storage_M3SS)))[1].double().numpy()
@@ -245,11 +246,13 @@ def test_examples_without_labels_are_left_out(tmp_path: Path) -> None:
 
 def test_no_labelled_example_leaves_the_weights_alone_and_writes_an_empty_log(tmp_path: Path) -> None:
     storage, model = LocalStorage(tmp_path), make_model()
-    sinks = TrainingSinks(Checkpoints(storage, "checkpoints"), MetricsLog(storage, "metrics.jsonl"))
+    sinks = TrainingSinks(Checkpoints(storage, "checkpoints"), MetricsLog())
     result = train(model, EXAMPLES.take(np.arange(0)), CONFIG, seed=0, device=CPU, validation=VALIDATION, sinks=sinks)
     assert result == TrainingResult(0, 0, None, None)
     assert_same_bits(model.state_dict(), make_model().state_dict())
-    assert storage.list("") == ["metrics.jsonl"]
+    assert sinks.log is not None
+    assert sinks.log.to_bytes() == b""
+    assert storage.list("") == []
 
 
 @pytest.mark.parametrize(("num", "batch_size"), [(1, 8), (3, 2), (3, 1)])

@@ -1,0 +1,95 @@
+"""What is looked at before anything is started: everything that would otherwise fail hours later, or not at all.
+
+A misspelt root in `reuse`, a root that was taken from and is gone, a backbone that does not exist or does not take images of
+this size, a unified space that is too wide. Rejected: leaving these to the stage that stumbles over them, which is after
+the ingestion of all images, or after the training of all experts.
+"""
+
+from hardmoe.artifacts.record import RECORD_NAME, parse_record
+from hardmoe.artifacts.store import Artifact, find_reusable
+from hardmoe.cli.common import RECIPE_FILE
+from hardmoe.errors import MissingRecordError, RebuiltInputError, RecipeError
+from hardmoe.execution.plan import Plan
+from hardmoe.recipe import Recipe
+from hardmoe.storage import open_storage
+
+_NETWORKS = ("trunk", "expert")
+
+
+def check_before_building(recipe: Recipe, plan: Plan) -> None:
+    """Look at all of it.
+
+    Raises:
+        RecipeError: the recipe asks for something impossible.
+        ArtifactError: an artifact that lies in another root is there no more.
+    """
+    _check_reuse(recipe)
+    for stage in plan.missing:
+        for name in stage.inputs.values():
+            if (artifact := plan.artifacts.get(name)) is not None:
+                _check_origin(artifact)
+    missing = {stage.kind for stage in plan.missing}
+    if missing & {*_NETWORKS, "decoder"}:
+        width = _probed_width(recipe) if missing & {*_NETWORKS} else _trained_width(recipe, plan)
+        if width is not None and recipe.decoder.dim is not None:
+            _check_decoder(recipe.decoder.dim, width)
+
+
+def taken_over(recipe: Recipe, plan: Plan) -> dict[str, Artifact]:
+    """The missing artifacts that `reuse` would supply, by name."""
+    known = dict(plan.artifacts)
+    found: dict[str, Artifact] = {}
+    for stage in plan.missing:
+        if all(name in known for name in stage.inputs.values()):
+            inputs = {role: known[name] for role, name in stage.inputs.items()}
+            artifact = find_reusable(stage.name, plan.fingerprints[stage.name], inputs, recipe.reuse)
+            if artifact is not None:
+                known[stage.name] = found[stage.name] = artifact
+    return found
+
+
+def _check_reuse(recipe: Recipe) -> None:
+    for root in recipe.reuse:
+        if not open_storage(root).exists(RECIPE_FILE):
+            raise RecipeError(f"reuse names '{root}', where no run was begun; correct the root or take it out of 'reuse'")
+
+
+def _check_origin(artifact: Artifact) -> None:
+    """Make sure that what was taken over from another root is still there, and still the same."""
+    origin = artifact.record.reused_from
+    if origin is None:
+        return
+    where = f"{artifact.home.uri}/{artifact.name}"
+    remedy = f"bring it back, or delete {where} and what stands on it and run again"
+    if not artifact.storage.exists(RECORD_NAME):
+        raise MissingRecordError(f"{where} was taken over from {origin}, which is gone; {remedy}")
+    there = parse_record(artifact.storage.read_bytes(RECORD_NAME), f"{origin}/{RECORD_NAME}")
+    if there.digest() != artifact.record.digest():
+        raise RebuiltInputError(f"{where} was taken over from {origin}, which was built anew since (other bytes); {remedy}")
+
+
+def _probed_width(recipe: Recipe) -> int | None:
+    """Width of the experts' features, from networks that are built without content; None where that cannot be done."""
+    # Imports torch, as the driver's part of the training does anyway.
+    from hardmoe.models.probe import probe_backbone
+
+    size = recipe.trunk.image_size
+    width = probe_backbone(recipe.trunk.backbone, image_size=size, stem=recipe.trunk.stem)
+    if recipe.experts.backbone is None:
+        return width
+    return probe_backbone(recipe.experts.backbone, image_size=size, stem=recipe.experts.stem)
+
+
+def _trained_width(recipe: Recipe, plan: Plan) -> int | None:
+    """Width of the experts' features, as the finished networks record it."""
+    for name, artifact in plan.artifacts.items():
+        if name.startswith("experts/") or (name == "trunk" and recipe.experts.backbone is None):
+            width: int = artifact.payload["num_features"]
+            return width
+    return None
+
+
+def _check_decoder(dim: int, width: int) -> None:
+    from hardmoe.models.shared_decoder import check_width
+
+    check_width(dim, width)

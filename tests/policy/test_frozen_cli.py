@@ -1,0 +1,61 @@
+"""The command line as others' scripts rely on it. A name that disappears from these tables breaks somebody's script.
+
+Adding to the tables is an ordinary change; taking away from them is one that the changelog must announce.
+"""
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from hardmoe.cli.main import cli
+
+RECIPE = {"-f", "--recipe", "--set", "--root", "--debug"}
+BUILD = RECIPE | {"--parallel", "--backend", "--address"}
+
+COMMANDS: dict[str, set[str]] = {
+    "init": {"PATH", "--schema", "--force", "--debug"},
+    "partition": BUILD,
+    "train-experts": BUILD | {"--only"},
+    "fit-decoder": BUILD,
+    "evaluate": BUILD,
+    "report": BUILD,
+    "run": BUILD | {"--dry-run"},
+    "status": RECIPE | {"--json", "--watch"},
+    "logs": RECIPE | {"NAME", "--failed"},
+    "show": RECIPE | {"NAME", "--json"},
+    "verify": RECIPE | {"NAMES"},
+}
+
+
+def _parameters(command: click.Command) -> set[str]:
+    """Options by their spellings, arguments by their names in capitals."""
+    options = {spelling for p in command.params if isinstance(p, click.Option) for spelling in (*p.opts, *p.secondary_opts)}
+    return options | {(p.name or "").upper() for p in command.params if isinstance(p, click.Argument)}
+
+
+def test_commands_and_their_options_are_the_frozen_ones() -> None:
+    assert {name: _parameters(command) for name, command in cli.commands.items()} == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_for_itself_and_for_each_option(name: str) -> None:
+    command = cli.commands[name]
+    result = CliRunner().invoke(cli, [name, "--help"])
+    assert result.exit_code == 0
+    summary = (command.help or "").strip().splitlines()[0]
+    assert summary.endswith((".", ":")) or "such as" in summary, f"the help of {name} must be a sentence: {summary!r}"
+    assert summary.split()[0] in result.output
+    silent = [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
+    assert silent == []
+
+
+def test_group_without_a_command_shows_the_help_and_is_a_usage_error() -> None:
+    result = CliRunner().invoke(cli, [])
+    assert result.exit_code == 2
+    assert "train-experts" in result.output
+
+
+def test_unknown_option_is_a_usage_error_that_names_the_nearest() -> None:
+    result = CliRunner().invoke(cli, ["run", "--paralel", "3"])
+    assert result.exit_code == 2
+    assert "--parallel" in result.output

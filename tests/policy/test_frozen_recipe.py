@@ -1,0 +1,114 @@
+"""The recipe's keys, which of them bear identity, and the recipes that the project ships.
+
+Moving a key from `identity` to `operational` makes finished runs of two different things look the same; moving it the other
+way makes every finished run look drifted. So both lists stand here in full.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from support import hardmoe, snapshot
+
+from hardmoe.config import Config
+from hardmoe.recipe import Recipe, load_recipe
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+
+IDENTITY = """
+    dataset.source dataset.image_column dataset.tags_column dataset.id_column dataset.split_column
+    dataset.test_fraction dataset.validation_fraction dataset.icon_size dataset.shard_rows dataset.max_pixels
+    hashtags.min_count hashtags.max_tags
+    trunk.backbone trunk.stem trunk.image_size trunk.epochs trunk.batch_size trunk.learning_rate trunk.momentum
+    trunk.nesterov trunk.weight_decay trunk.warmup_fraction
+    partition.experts partition.method partition.transform partition.sample_size partition.max_passes partition.tolerance
+    experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.learning_rate experts.momentum
+    experts.nesterov experts.weight_decay experts.warmup_fraction
+    decoder.epochs decoder.align decoder.dim decoder.batch_size decoder.learning_rate decoder.weight_decay
+    evaluation.dense_baseline evaluation.random_partition evaluation.bootstrap_replicates evaluation.map_replicates
+    seed
+"""
+"""What is computed: a change of any of these is another run."""
+
+OPERATIONAL = """
+    root reuse
+    dataset.path
+    hashtags.aliases
+    trunk.gpus trunk.num_threads trunk.checkpoint_every_steps
+    experts.gpus experts.num_threads experts.checkpoint_every_steps
+    decoder.num_threads decoder.checkpoint_every_steps
+    execution.backend execution.address execution.parallel execution.attempts
+"""
+"""Where and how: a change of any of these leaves every fingerprint as it is. Files count by content, not by path."""
+
+
+def _sections() -> dict[str, type[Config]]:
+    """The recipe itself, by the empty prefix, and its sections by theirs."""
+    inner = {f"{name}.": field.annotation for name, field in Recipe.model_fields.items()}
+    return {"": Recipe} | {name: kind for name, kind in inner.items() if isinstance(kind, type) and issubclass(kind, Config)}
+
+
+def _marks() -> dict[str, bool]:
+    """Every key of the recipe, and whether it is operational; a section's own mark holds for all its keys."""
+    sections = _sections()
+    keys = {(prefix, name) for prefix, section in sections.items() for name in section.model_fields} - {
+        ("", prefix.removesuffix(".")) for prefix in sections
+    }
+    whole = {f"{name}." for name in Recipe.operational_fields()}
+    return {prefix + name: prefix in whole or name in sections[prefix].operational_fields() for prefix, name in keys}
+
+
+def test_every_key_is_frozen_as_identity_or_operational() -> None:
+    marks = _marks()
+    assert {key for key, operational in marks.items() if not operational} == set(IDENTITY.split())
+    assert {key for key, operational in marks.items() if operational} == set(OPERATIONAL.split())
+
+
+def test_identity_of_a_recipe_holds_exactly_the_identity_keys() -> None:
+    flat: set[str] = set()
+    for section, value in Recipe().what().items():
+        flat |= {f"{section}.{key}" for key in value} if isinstance(value, dict) else {section}
+    assert flat == set(IDENTITY.split())
+
+
+def test_every_key_is_explained_in_a_sentence() -> None:
+    """`hardmoe init` prints these as comments, and editors show them from the schema."""
+    fields = {prefix + name: field for prefix, section in _sections().items() for name, field in section.model_fields.items()}
+    assert [key for key, field in fields.items() if not (field.description or "").strip().endswith(".")] == []
+
+
+def test_schema_for_editors_knows_every_key(tmp_path: Path) -> None:
+    result = hardmoe(tmp_path, "init", "--schema")
+    assert result.returncode == 0, result.stderr
+    schema = json.loads(result.stdout)
+    assert set(schema["properties"]) == {*Recipe.model_fields, "extends"}
+    assert schema["additionalProperties"] is False
+
+
+def test_written_recipe_is_the_default_recipe(tmp_path: Path) -> None:
+    """Every key at its default but the two that are examples, so that what one reads there is what one gets."""
+    assert hardmoe(tmp_path, "init").returncode == 0
+    written, default = load_recipe(tmp_path / "hardmoe.yaml"), Recipe()
+    assert written.what() == default.what()
+    assert written.execution == default.execution
+
+
+@pytest.mark.parametrize("recipe", sorted(PIPELINES.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipe_dry_runs_and_builds_nothing(project: Path, recipe: Path) -> None:
+    before = snapshot(project)
+    result = hardmoe(project, "run", "--dry-run", "-f", str(recipe))
+    assert result.returncode == 0, result.stderr
+    assert "artifacts would be built" in result.stdout
+    for artifact in ("dataset", "router", "experts/expert-0000", "decoder", "report"):
+        assert any(line.split()[:2] == [artifact, "missing"] for line in result.stdout.splitlines()), artifact
+    # Digests of the user's files may be kept for the next time; nothing else may have appeared.
+    new = {path for path in snapshot(project) if path not in before}
+    assert all(path.endswith("/_progress/inventory.json") for path in new), new
+
+
+@pytest.mark.parametrize("recipe", sorted(PIPELINES.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipe_says_its_command_and_stands_in_the_table(recipe: Path) -> None:
+    head = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert any("Command:" in line for line in head), "a recipe states its command in its head"
+    assert f"`{recipe.name}`" in (PIPELINES / "README.md").read_text()
+    assert load_recipe(recipe).root.startswith("runs/"), "a shipped recipe writes below runs/, which git ignores"

@@ -1,0 +1,88 @@
+"""What a command loads: the promise behind its speed, asserted by names instead of by seconds.
+
+Seconds depend on the machine and its load (tests/benchmarks/startup.py prints them); which libraries were imported does not.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import hardmoe, snapshot
+
+HEAVY = {"torch", "torchvision", "ray", "faiss"}
+
+_PROBE = """
+import atexit, os, sys
+atexit.register(lambda: open(os.environ["MODULES_FILE"], "w").write("\\n".join({name.split(".")[0] for name in sys.modules})))
+from hardmoe.cli.main import main
+main()
+"""
+
+
+def _loaded(directory: Path, modules_file: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Run a command in a directory; also returns the top-level modules that it had loaded at its end."""
+    environment = {**os.environ, "MODULES_FILE": str(modules_file)}
+    command = [sys.executable, "-c", _PROBE, *arguments]
+    result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
+    return result, set(modules_file.read_text().split())
+
+
+def test_probe_sees_a_heavy_import(tmp_path: Path, project: Path) -> None:
+    """The oracle of this file: a command that must build something does load torch."""
+    result, modules = _loaded(project, tmp_path / "modules", "run", "--backend", "inline", "--set", "trunk.backbone=nothing")
+    assert result.returncode in (1, 3), result.stderr
+    assert "torch" in modules
+
+
+def test_help_loads_click_and_nothing_that_reads_data(tmp_path: Path) -> None:
+    result, modules = _loaded(tmp_path, tmp_path / "modules", "--help")
+    assert result.returncode == 0
+    assert modules & (HEAVY | {"numpy", "pyarrow", "pydantic", "yaml", "rich", "PIL"}) == set()
+
+
+@pytest.mark.parametrize("arguments", [("run",), ("run", "--dry-run"), ("evaluate",), ("report",)], ids=" ".join)
+def test_finished_run_again_starts_neither_ray_nor_torch_and_changes_no_file(
+    tmp_path: Path, finished: Path, arguments: tuple[str, ...]
+) -> None:
+    """The recipe's backend is Ray, which would be started on the first unit; there is none."""
+    before = snapshot(finished)
+    result, modules = _loaded(finished, tmp_path / "modules", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert modules & HEAVY == set()
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("status",), ("status", "--json"), ("logs",), ("show", "router"), ("verify",), ("init", "--schema")],
+    ids=" ".join,
+)
+def test_looking_at_a_run_loads_nothing_heavy_and_changes_no_file(
+    tmp_path: Path, finished: Path, arguments: tuple[str, ...]
+) -> None:
+    before = snapshot(finished)
+    result, modules = _loaded(finished, tmp_path / "modules", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert modules & HEAVY == set()
+    assert snapshot(finished) == before
+
+
+def test_finished_run_again_prints_what_the_first_time_printed(finished: Path) -> None:
+    first, second = hardmoe(finished, "run"), hardmoe(finished, "run")
+    assert first.returncode == second.returncode == 0
+    assert first.stdout == second.stdout
+    assert "precision@1" in first.stdout
+    assert str(finished / "runs" / "small" / "report" / "index.html") in first.stdout
+
+
+def test_digests_of_the_images_survive_the_commit_that_needed_them(finished: Path) -> None:
+    """The commit of the dataset once swept the cache of digests away, as if a build had left it there.
+
+    The next command then read all images again and wrote the cache anew: a finished run that changed a file. A cache as old
+    as the run is one that was never written anew.
+    """
+    dataset = finished / "runs" / "small" / "dataset"
+    cache, record = dataset / "_progress" / "inventory.json", dataset / "artifact.json"
+    assert cache.stat().st_mtime_ns < record.stat().st_mtime_ns
