@@ -185,7 +185,9 @@ def _write(context: UnitContext) -> Json:
     if origins:
         write_table(context.output(f"origin/part-{index:05d}-of-{count:05d}.parquet"), table)
     if config.id_column is not None:
-        write_table(context.scratch("ids"), table)
+        # One row for an example, however many copies it has: an id that is there twice is then of two images.
+        named = {"example_id": [e["example_id"] for e in merged], "source_uri": [e["origins"][0] for e in merged]}
+        write_table(context.scratch("ids"), build_table(ORIGIN, named))
     without_tags = sum(not example["tags"] for example in merged)
     return {"sizes": sizes, "copies_merged": len(rows) - len(merged), "without_tags": without_tags}
 
@@ -261,9 +263,7 @@ def _check_ids(context: UnitContext) -> Json:
     tables = []
     for path in context.unit.arguments["sources"]:
         with context.storage.open_input(path) as source:
-            table = pq.read_table(source)
-        # Copies of one image, merged, have several origins and one id: they are one example.
-        tables.append(table.group_by("example_id").aggregate([("source_uri", "min")]))
+            tables.append(pq.read_table(source))
     rows = sorted(zip(*(pa.concat_tables(tables).column(i).to_pylist() for i in (0, 1)), strict=True))
     for (identity, first), (following, second) in pairwise(rows):
         if identity == following:

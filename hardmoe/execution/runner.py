@@ -75,6 +75,7 @@ class Runner:
         self._backend: Backend | None = None
         self._builds: dict[str, Build] = {}
         self._waiting: set[str] = set()
+        self._told: set[str] = set()
         self._failures: list[Failure] = []
         self._queue = WorkQueue()
         self._in_flight: dict[_Key, UnitTask] = {}
@@ -259,9 +260,13 @@ class Runner:
 
     def _wait_for(self, stage: Stage, holder: Holder) -> None:
         self._frontier.put_back(stage)
-        if stage.name not in self._waiting:
-            self._waiting.add(stage.name)
+        # Of interest only to somebody who sees nothing else going on, and from the second look on: at the first the other
+        # driver, too, may just be looking.
+        idle = not (self._in_flight or self._queue)
+        if idle and stage.name in self._waiting and stage.name not in self._told:
+            self._told.add(stage.name)
             self._reporter.say(f"{stage.name}: being built by {holder}; waiting for it")
+        self._waiting.add(stage.name)
 
     def _enqueue(self, tasks: Sequence[UnitTask]) -> None:
         for task in tasks:

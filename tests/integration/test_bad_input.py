@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mounts import resize, small_disk
-from support import copied_run, hardmoe, invoke, records, refusal, snapshot, write_photos, write_recipe
+from support import copied_run, hardmoe, invoke, real_images, records, refusal, snapshot, write_photos, write_recipe
+
+from hardmoe.data import ingest
 
 BUILD = ("run", "--backend", "inline")
 
@@ -90,7 +92,7 @@ def test_mistake_in_an_override_shows_it(empty_project: Path, setting: str, sent
     [
         ("partition: {experts: 4\n", "bad.yaml is not valid YAML at line 2, column 1: expected ',' or '}'"),
         ("partition:\n\texperts: 4\n", "bad.yaml is not valid YAML at line 2, column 1: found character '\\t' that cannot"),
-        ("seed: 1\nroot: a\nseed: 2\n", "bad.yaml is not valid YAML at line 3, column 1: the key 'seed' is given twice; keep one"),
+        ("seed: 1\nroot: a\nseed: 2\n", "bad.yaml is not valid YAML at line 3, column 1: the key 'seed' is given twice; keep"),
         ("- a\n- b\n", "bad.yaml must be a mapping of sections such as 'dataset:', not [a, b]"),
         ("just words\n", "bad.yaml must be a mapping of sections such as 'dataset:', not 'just words'"),
         ("7: 8\n", "bad.yaml: unknown key 7; the keys here are root"),
@@ -191,7 +193,7 @@ def oddities(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
         ("dataset.path=odd/half.parquet", ("/odd/half.parquet is not a Parquet file",)),
         ("dataset.path=odd/no-rows.parquet", ("have no rows; correct the path",)),
         ("dataset.path=odd/paths.parquet", ("column 'image' is string, not encoded images", "set dataset.image_column")),
-        ("dataset.image_column=img", ("has no column 'img', only image, hashtags; set dataset.image_column, perhaps to 'image'",)),
+        ("dataset.image_column=img", ("no column 'img', only image, hashtags; set dataset.image_column, perhaps to 'image'",)),
         ("dataset.tags_column=words", ("has no column 'words', only image, hashtags; set dataset.tags_column",)),
         ("dataset.tags_column=image", ("column 'image' is binary, not hashtags", "set dataset.tags_column or convert it")),
         ("dataset.id_column=photo", ("has no column 'photo'", "set dataset.id_column")),
@@ -233,8 +235,8 @@ def test_data_that_are_too_few_say_how_many_there_are(
         (("trunk.backbone=json:tiny",), ("cannot load the backbone 'json:tiny'", "has no attribute 'tiny'")),
         (("trunk.backbone=json:dumps",), ("the backbone 'json:dumps', called with image_size=16, raised TypeError", "factory")),
         (("trunk.backbone=alexnet",), ("'alexnet' cannot be run on images of 16 pixels", "raise trunk.image_size or choose")),
-        (("trunk.backbone=vit_b_16", "trunk.image_size=20"), ("'vit_b_16' cannot be built for images of 20 pixels", "set another")),
-        (("trunk.backbone=vit_b_32", "trunk.stem=small"), ("'vit_b_32'", "use stem: auto")),
+        (("trunk.backbone=vit_b_16", "trunk.image_size=20"), ("'vit_b_16' cannot be built for images of 20 pixels", "another")),
+        (("trunk.backbone=vit_b_32", "trunk.image_size=32", "trunk.stem=small"), ("'vit_b_32'", "use stem: auto")),
         (("experts={backbone: resnet19, init: random}",), ("unknown backbone 'resnet19'",)),
         (("decoder.dim=65",), ("decoder.dim 65 is more than twice the experts' width 32", "set it to at most 64")),
     ],
@@ -341,8 +343,6 @@ def test_photos_deleted_while_they_are_read_fail_their_units_and_nothing_else(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Put back, the run goes on where it was; the other files' units are not done again."""
-    from hardmoe.data import ingest
-
     (tmp_path / "photos").mkdir()
     for path in photos.iterdir():
         (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
@@ -351,13 +351,13 @@ def test_photos_deleted_while_they_are_read_fail_their_units_and_nothing_else(
     whole, ingest_shard = victim.read_bytes(), ingest._ingest
 
     def watched(context: ingest.UnitContext) -> object:
-        victim.unlink(missing_ok=not done)
+        victim.unlink(missing_ok=True)
         done.append(context.unit.name)
         return ingest_shard(context)
 
     monkeypatch.setattr(ingest, "_ingest", watched)
     sentence = refusal(invoke(tmp_path, *BUILD), 3)
-    assert f"{victim} cannot be read (No such file or directory); correct dataset.path" in sentence
+    assert f"{victim} is not there any more; put it back, or correct dataset.path" in sentence
     assert len(done) == 6
     victim.write_bytes(whole)
     monkeypatch.setattr(ingest, "_ingest", lambda context: (done.append(context.unit.name), ingest_shard(context))[1])
@@ -372,8 +372,6 @@ def test_traceback_is_shown_when_it_is_asked_for(empty_project: Path) -> None:
 
 
 def test_source_without_a_hashtag_names_the_column(tmp_path: Path) -> None:
-    from support import real_images
-
     images = real_images(20)
     write_photos(tmp_path / "photos", images, num_files=1)
     table = pq.read_table(tmp_path / "photos" / "0.parquet")

@@ -17,17 +17,10 @@ APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523
 """Of the licence as www.apache.org/licenses/LICENSE-2.0.txt has it, appendix included."""
 
 # Spelled in pieces, so that this file does not find itself.
-_PLACES = [
-    "/work" + "/",
-    "file:" + "///[a-z]",
-    "/home" + "/[a-z]",
-    "/root" + "/",
-    "pypi" + r"\.",
-    "python" + "hosted",
-    "/sim" + "ple/",
-]
+_TOPS = "|".join(["work", "root", "home"])
+_HOSTS = ["file:" + "///[a-z]", "pypi" + r"\.", "python" + "hosted", "/sim" + "ple/"]
 # At the start of a path only: tests have directories of their own called root.
-_PRIVATE = re.compile(r"(?<![\w.})])(" + "|".join(_PLACES) + ")")
+_PRIVATE = re.compile("|".join([rf"(?<![\w.*)}}-])/(?:{_TOPS})/", *_HOSTS]))
 _UNFINISHED = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "X" + "XX"]))
 
 

@@ -47,7 +47,7 @@ def refusal(path: Path, *overrides: str) -> str:
         ("partition: {experts: 2.5}", "partition.experts must be a whole number, not 2.5"),
         ("partition: {experts: 0}", "partition.experts must be at least 1, not 0"),
         ("partition: {method: magic}", "partition.method must be 'kmeans' or 'random', not 'magic'"),
-        ("dataset: {path: 5}", "dataset.path must be text or a list, as in [a, b] or null, not 5"),
+        ("dataset: {path: 5}", "dataset.path must be text or a list, as in [a, b]"),
         ("trunk: {learning_rate: .nan}", "trunk.learning_rate must be "),
         ("trunk: resnet18", "trunk must be a section with keys of its own, not 'resnet18'"),
         ("root: 2024-01-01", "root must be text, not 2024-01-01"),

@@ -58,9 +58,19 @@ def _open(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file ({error}); correct dataset.path or write the file again") from error
+        reason = _reason(error)
+        raise DataError(f"{path} is not a Parquet file ({reason}); correct dataset.path or write the file again") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not there any more; put it back, or correct dataset.path") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); correct dataset.path") from error
+        raise DataError(f"{path} cannot be read ({_reason(error)}); correct dataset.path") from error
+
+
+def _reason(error: Exception) -> str:
+    """What pyarrow found, fit for a terminal: its messages may run over lines and quote bytes of the file."""
+    text = getattr(error, "strerror", None) or str(error)
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:
@@ -178,7 +188,8 @@ class ParquetSource:
                     yield from self._examples(batch, shard.items["name"], row)
                     row += batch.num_rows
             except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-                raise DataError(f"{path} is damaged at row {row} or soon after ({error}); write the file again") from error
+                where = f"{path} is damaged at row {row} or soon after"
+                raise DataError(f"{where} ({_reason(error)}); write the file again") from error
 
     def _examples(self, batch: pa.RecordBatch, name: str, first_row: int) -> Iterator[RawExample | BadExample]:
         nothing: list[Any] = [None] * batch.num_rows

@@ -1,116 +1,75 @@
-"""The source's identity: its content under its names; times only decide whether a file is read again."""
+"""A source's identity: by content and never by place or time; and what changed, by name."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from hardmoe.data import inventory
-from hardmoe.data.inventory import CACHE_PATH, take_inventory
+from hardmoe.data.inventory import CACHE_PATH, Inventory, take_inventory
 from hardmoe.data.sources.base import SourceFile
 from hardmoe.errors import DataError
-from hardmoe.storage import LocalStorage
+from hardmoe.storage import open_storage
 
 
-def source_files(directory: Path) -> list[SourceFile]:
-    found = []
-    for path in sorted(directory.iterdir()):
-        stat = path.stat()
-        found.append(SourceFile(path.name, str(path), stat.st_size, stat.st_mtime_ns))
-    return found
+def listed(*paths: Path) -> list[SourceFile]:
+    return [SourceFile(path.name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    directory = tmp_path / "source"
-    directory.mkdir()
-    for name in ("a", "b", "c"):
-        (directory / name).write_bytes(name.encode() * 1000)
-    return directory
+def files(folder: Path, **contents: str) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    return sorted(folder.iterdir())
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> LocalStorage:
-    return LocalStorage(tmp_path / "root")
+def test_digest_is_of_names_and_contents_and_not_of_places_or_times(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "root"))
+    here = take_inventory(listed(*files(tmp_path / "here", a="1", b="2")), storage)
+    there = files(tmp_path / "there", a="1", b="2")
+    os.utime(there[0], (5, 5))
+    assert take_inventory(listed(*reversed(there)), storage).digest() == here.digest()
+    for changed in ({"a": "1", "c": "2"}, {"a": "1", "b": "3"}, {"a": "1"}, {"a": "2", "b": "1"}):
+        folder = tmp_path / str(sorted(changed.items()))
+        assert take_inventory(listed(*files(folder, **changed)), storage).digest() != here.digest()
 
 
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files whose content was read."""
-    names: list[str] = []
-    real = inventory._sha256
-
-    def noting(file: SourceFile) -> str:
-        names.append(file.name)
-        return real(file)
-
-    monkeypatch.setattr(inventory, "_sha256", noting)
-    return names
+def test_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
+    """Told by a file whose content was changed behind the cache's back: same size, same time."""
+    storage = open_storage(str(tmp_path / "root"))
+    (path,) = files(tmp_path / "photos", a="1")
+    before, digest = path.stat(), take_inventory(listed(path), storage).digest()
+    path.write_text("2")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert take_inventory(listed(path), storage).digest() == digest
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert take_inventory(listed(path), storage).digest() != digest
 
 
-def test_unchanged_files_are_read_once_and_the_root_is_written_once(
-    source: Path, storage: LocalStorage, read: list[str]
-) -> None:
-    first = take_inventory(source_files(source), storage)
-    before = (storage.directory / CACHE_PATH).stat().st_mtime_ns
-    assert sorted(read) == ["a", "b", "c"]
-    assert take_inventory(source_files(source), storage) == first
-    assert len(read) == 3
-    assert (storage.directory / CACHE_PATH).stat().st_mtime_ns == before
+def test_damaged_cache_costs_a_second_reading_and_nothing_else(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "root"))
+    paths = files(tmp_path / "photos", a="1", b="2")
+    digest = take_inventory(listed(*paths), storage).digest()
+    storage.write_bytes(CACHE_PATH, b"{half a fi")
+    assert take_inventory(listed(*paths), storage).digest() == digest
 
 
-def test_touched_and_moved_files_are_read_again_and_are_the_same_source(
-    source: Path, storage: LocalStorage, read: list[str], tmp_path: Path
-) -> None:
-    first = take_inventory(source_files(source), storage)
-    os.utime(source / "b", (1, 1))
-    assert take_inventory(source_files(source), storage).digest() == first.digest()
-    assert sorted(read) == ["a", "b", "b", "c"]
-    source.rename(tmp_path / "elsewhere")
-    assert take_inventory(source_files(tmp_path / "elsewhere"), storage).digest() == first.digest()
+def test_file_that_vanished_after_it_was_listed_is_named(tmp_path: Path) -> None:
+    (path,) = files(tmp_path / "photos", a="1")
+    found = listed(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"photos/a: No such file.*take it out of dataset\.path"):
+        take_inventory(found, open_storage(str(tmp_path / "root")))
 
 
-def test_other_content_of_the_same_size_another_name_and_one_file_less_are_other_sources(
-    source: Path, storage: LocalStorage
-) -> None:
-    digests = {take_inventory(source_files(source), storage).digest()}
-    (source / "b").write_bytes(b"B" * 1000)
-    digests.add(take_inventory(source_files(source), storage).digest())
-    (source / "b").rename(source / "d")
-    digests.add(take_inventory(source_files(source), storage).digest())
-    (source / "d").unlink()
-    digests.add(take_inventory(source_files(source), storage).digest())
-    assert len(digests) == 4
-
-
-def test_order_of_the_listing_does_not_matter(source: Path, storage: LocalStorage) -> None:
-    files = source_files(source)
-    assert take_inventory(files[::-1], storage).digest() == take_inventory(files, storage).digest()
-
-
-def test_changes_are_told_by_name_and_long_lists_are_cut(source: Path, storage: LocalStorage) -> None:
-    earlier = take_inventory(source_files(source), storage)
-    (source / "a").write_bytes(b"new")
-    (source / "b").unlink()
-    for number in range(5):
-        (source / f"n{number}").write_bytes(b"")
-    now = take_inventory(source_files(source), storage)
-    assert now.changes_since(earlier) == "changed: a; appeared: n0, n1, n2 and 2 more; vanished: b"
-    assert now.changes_since(now) == ""
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff"])
-def test_damaged_cache_costs_a_second_reading_and_nothing_else(
-    source: Path, storage: LocalStorage, read: list[str], content: bytes
-) -> None:
-    first = take_inventory(source_files(source), storage)
-    storage.write_bytes(CACHE_PATH, content)
-    assert take_inventory(source_files(source), storage) == first
-    assert len(read) == 6
-
-
-def test_file_that_vanished_since_the_listing_is_named_with_the_remedy(source: Path, storage: LocalStorage) -> None:
-    files = source_files(source)
-    (source / "b").unlink()
-    with pytest.raises(DataError, match=r"cannot read .*/source/b: No such file.*; make it readable or take it out"):
-        take_inventory(files, storage)
+@pytest.mark.parametrize(
+    ("now", "changes"),
+    [
+        ({"a": (1, "x"), "b": (2, "y")}, ""),
+        ({"a": (1, "z"), "b": (2, "y")}, "changed: a"),
+        ({"b": (2, "y"), "c": (1, "x")}, "appeared: c; vanished: a"),
+        (dict.fromkeys("abcdefg", (1, "x")), "changed: b; appeared: c, d, e and 2 more"),
+        ({}, "vanished: a, b"),
+    ],
+)
+def test_changes_are_told_by_name(now: dict[str, tuple[int, str]], changes: str) -> None:
+    assert Inventory(now).changes_since(Inventory({"a": (1, "x"), "b": (2, "y")})) == changes
