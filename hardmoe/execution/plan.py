@@ -26,6 +26,14 @@ class Plan:
         """Stages without a record, inputs before what stands on them."""
         return [stage for stage in self.stages if stage.name not in self.artifacts]
 
+    def heights(self) -> dict[str, int]:
+        """By name, how many stages the longest chain from a stage to the end of the plan has."""
+        heights = {stage.name: 1 for stage in self.stages}
+        for stage in reversed(self.stages):
+            for name in stage.inputs.values():
+                heights[name] = max(heights[name], heights[stage.name] + 1)
+        return heights
+
 
 def make_plan(store: ArtifactStore, stages: Sequence[Stage]) -> Plan:
     """Hold every artifact against its stage.

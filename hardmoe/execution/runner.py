@@ -1,10 +1,11 @@
 """The durable workflow: from stages to artifacts, through kills, failures and other drivers on the same root.
 
-One loop: look at the stages whose inputs exist, keep the backend's slots filled longest unit first over all of them, take
-completions in, commit. A failed unit stops its own artifact and what stands on it; the others go on, and the failures are
-told together at the end. A stage's lease is taken when its first unit is handed over and not before, so that any number of
-drivers on one root divide its experts among them instead of one hoarding them all. Rejected: an executor per stage, which
-cannot fill idle slots with another expert's units, and recursion over dependencies, which hides what runs at the same time.
+One loop: look at the stages whose inputs exist, keep the backend's slots filled (longest chain of stages first, then longest
+unit, over all of them), take completions in, commit. A failed unit stops its own artifact and what stands on it; the others
+go on, and the failures are told together at the end. A stage's lease is taken when its first unit is handed over and not
+before, so that any number of drivers on one root divide its experts among them instead of one hoarding them all. Rejected: an
+executor per stage, which cannot fill idle slots with another expert's units, and recursion over dependencies, which hides
+what runs at the same time.
 """
 
 import contextlib
@@ -92,6 +93,7 @@ class Runner:
         """
         self._plan = plan
         self._frontier = Frontier(plan.stages, plan.artifacts)
+        self._queue = WorkQueue(plan.heights())
         with self._reporter:
             try:
                 self._sweep_after_kills()

@@ -9,9 +9,11 @@ from counting import Control, Run, ScriptedBackend, counting, total
 
 from hardmoe.artifacts.record import RECORD_NAME
 from hardmoe.errors import CorruptFileError, DataError, DriftError, RebuiltInputError, UnitsFailedError
+from hardmoe.execution.plan import Plan
+from hardmoe.execution.queue import WorkQueue
 from hardmoe.execution.runner import RunnerOptions
 from hardmoe.execution.task import UnitOutcome, UnitTask
-from hardmoe.stage import Resources
+from hardmoe.stage import Resources, Unit
 
 
 def stages_failing(run: Run) -> str:
@@ -346,6 +348,7 @@ def test_reused_artifact_is_taken_over_and_only_what_differs_is_built(root: Path
 
 def test_stage_without_units_is_committed_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import counting as module
+
     from hardmoe.stage import Finished, Phase
 
     def nothing(self, context):  # type: ignore[no-untyped-def]
@@ -362,7 +365,8 @@ def test_stage_without_units_is_committed_at_once(root: Path, monkeypatch: pytes
 def test_two_phases_or_units_of_one_name_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second would have been answered from the first one's completions."""
     import counting as module
-    from hardmoe.stage import Finished, Phase, Unit
+
+    from hardmoe.stage import Finished, Phase
 
     def phases(self, context):  # type: ignore[no-untyped-def]
         yield Phase("empty", [])
@@ -384,7 +388,6 @@ def test_work_that_cannot_be_imported_is_told_and_holds_no_lease(root: Path) -> 
 def test_thousand_stages_and_ten_thousand_units_cost_no_more_each_than_a_few(root: Path) -> None:
     """The frontier once went through all stages after every unit. Counted in looks at the storage, not in seconds."""
     from hardmoe.execution.frontier import Frontier
-    from hardmoe.execution.queue import WorkQueue
 
     looks = [0]
 
@@ -414,6 +417,22 @@ def test_thousand_stages_and_ten_thousand_units_cost_no_more_each_than_a_few(roo
     assert len(queue) == 10_000
     assert queue.pop(lambda demand: False) is None
     assert queue.pop(lambda demand: True) is first
+
+
+def test_queue_gives_the_longest_chain_first_and_of_equal_ones_the_most_costly() -> None:
+    queue = WorkQueue({"router": 3, "expert": 2})
+    router, expert = counting("router"), counting("expert")
+    for stage, cost in ((expert, 900.0), (router, 1.0), (expert, 1000.0)):
+        queue.push(UnitTask("", stage, "", "phase", Unit(f"{stage.name}-{cost:.0f}")), cost)
+    popped = [queue.pop(lambda demand: True) for _ in range(3)]
+    assert [task.unit.name for task in popped if isinstance(task, UnitTask)] == ["router-1", "expert-1000", "expert-900"]
+
+
+def test_plan_heights_count_the_stages_of_the_longest_chain() -> None:
+    first = counting("first")
+    second = replace(counting("second"), inputs={"a": "first"})
+    last = replace(counting("last"), inputs={"a": "first", "b": "second"})
+    assert Plan([first, second, last], {}, {}).heights() == {"first": 3, "second": 2, "last": 1}
 
 
 def test_frontier_blocks_everything_that_stands_on_a_failure_and_nothing_else() -> None:
