@@ -93,7 +93,7 @@ def _checkpoint(name: str, artifacts: Sequence[str], steps: Sequence[int]) -> Mo
 
 
 EXPERTS = tuple(f"experts/expert-{expert:04d}" for expert in range(3))
-INSIDE_EPOCHS = {("trunk",): (3, 6, 9), ("baselines/dense",): tuple(range(2, 24, 2)), EXPERTS: (2, 4, 6, 12)}
+INSIDE_EPOCHS = {("trunk",): (3, 6, 9), ("baselines/dense",): tuple(range(2, 22, 2)), EXPERTS: (2, 4, 6, 12)}
 """Steps of checkpoints after which an epoch is not through, for every one of these networks."""
 
 MOMENTS = (

@@ -34,7 +34,9 @@ def test_equal_arrays_give_equal_bytes_in_whatever_order_and_layout(tmp_path: Pa
     assert storage.read_bytes("a") == storage.read_bytes("b")
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:20], lambda data: b"x" * len(data)])
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:20], lambda data: b"x" * len(data)]
+)
 def test_damaged_arrays_are_named(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
     storage = LocalStorage(tmp_path)
     save_arrays(storage.open_output("a"), ARRAYS)

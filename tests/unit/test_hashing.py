@@ -65,7 +65,7 @@ def test_ids_that_differ_in_one_bit_hash_as_if_unrelated() -> None:
 def test_fractions_are_uniform_below_one() -> None:
     fractions = hash_fractions(ids(50_000), 0, "bootstrap")
     assert fractions.dtype == np.float64
-    assert 0.0 <= fractions.min()
+    assert fractions.min() >= 0.0
     assert fractions.max() < 1.0
     assert stats.kstest(fractions, "uniform").pvalue > 1e-4
 

@@ -30,7 +30,11 @@ def _everything(storage: LocalStorage) -> list[Path]:
 
 
 def _python(code: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", f"import os, sys\nfrom hardmoe.storage import LocalStorage\nfrom pathlib import Path\n{code}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import os, sys\nfrom hardmoe.storage import LocalStorage\nfrom pathlib import Path\n{code}",
+    ]
     return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
 
 
@@ -187,7 +191,9 @@ def test_directory_on_another_disk_by_a_link_is_emptied_and_the_link_stays(stora
     assert list((tmp_path / "other-disk").iterdir()) == []
 
 
-def test_directory_that_cannot_be_listed_is_an_error_and_not_empty(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_that_cannot_be_listed_is_an_error_and_not_empty(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`os.walk` skips what it cannot read; completions that nobody can see would have been done again."""
     storage.write_bytes("done/unit", b"")
 
@@ -227,7 +233,9 @@ def test_errors_say_what_is_missing_or_in_the_way(storage: LocalStorage) -> None
     with pytest.raises(StorageError, match=r"cannot move .*/root/nothing: there is no such file"):
         storage.move("nothing", "target")
     storage.write_bytes("file", b"")
-    with pytest.raises(StorageError, match=r"cannot write .*/root/file/below: something else stands in its place .*; move it away"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .*/root/file/below: something else stands in its place .*; move it away"
+    ):
         storage.write_bytes("file/below", b"")
     storage.write_bytes("directory/inside", b"")
     with pytest.raises(StorageError, match=r"cannot write .*/root/directory: something else stands in its place"):

@@ -1,5 +1,6 @@
 """Tables: what is written comes back, and whatever is damaged or of another kind is one error that names the file."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_conversions_are_exact_for_any_slice_and_chunking(rows: int, cuts: list[
     vectors = rng.normal(size=(rows, 4)).astype(np.float16)
     lists = [rng.integers(0, 9, rng.integers(0, 4)).astype(np.int32).tolist() for _ in range(rows)]
     bounds = sorted({0, rows, *(min(cut, rows) for cut in cuts)})
-    slices = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    slices = [slice(a, b) for a, b in pairwise(bounds)]
 
     def chunked(array: pa.Array) -> pa.ChunkedArray:
         return pa.chunked_array([array[piece] for piece in slices], array.type)
@@ -131,7 +132,7 @@ def test_conversions_are_exact_for_any_slice_and_chunking(rows: int, cuts: list[
     np.testing.assert_array_equal(ids_to_array(chunked(ids_from_array(ids))), ids)
     np.testing.assert_array_equal(vectors_to_array(chunked(vectors_from_array(vectors))), vectors)
     values, offsets = lists_to_csr(chunked(pa.array(lists, pa.list_(pa.int32()))))
-    assert [values[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == lists
+    assert [values[a:b].tolist() for a, b in pairwise(offsets)] == lists
     assert (values.dtype, offsets.dtype) == (np.int32, np.int64)
 
 

@@ -10,15 +10,14 @@ import logging
 import math
 import os
 import shutil
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hardmoe.errors import BackendError
+from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
 from hardmoe.execution.task import UnitOutcome, UnitTask
 from hardmoe.execution.worker import execute_unit
@@ -43,7 +42,8 @@ class RayBackend:
         """Start or join Ray, then hold every demand against every node."""
         demands = list(demands)
         if not self._nodes:
-            self._start(max((demand.num_cpus for demand in demands), default=1))
+            with interrupts_held_back():
+                self._start(max((demand.num_cpus for demand in demands), default=1))
         for demand in demands:
             if self._fitting(demand) == 0:
                 there = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes) or "no node"
@@ -69,7 +69,8 @@ class RayBackend:
         """Queue the task as a Ray task of its own."""
         gpus = self._gpus(task.stage.resources)
         options = {"num_cpus": task.stage.resources.num_cpus, "num_gpus": gpus, "max_retries": 0, "name": task.label}
-        self._running[self._remote.options(**options).remote(replace(task, use_gpu=gpus > 0))] = task
+        with interrupts_held_back():
+            self._running[self._remote.options(**options).remote(replace(task, use_gpu=gpus > 0))] = task
 
     def wait(self, timeout: float, meanwhile: Callable[[], None]) -> list[UnitOutcome]:
         """Outcomes that arrived, with a dead worker's told apart from a failed unit's."""
@@ -77,11 +78,11 @@ class RayBackend:
 
         if not self._running:
             return []
-        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
-        if ready:
-            more, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-            ready = more
-        return [self._outcome(reference) for reference in ready]
+        with interrupts_held_back():
+            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
+            if ready:
+                ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            return [self._outcome(reference) for reference in ready]
 
     def close(self) -> None:
         """Leave the cluster, or stop our own Ray and remove its files."""
@@ -89,10 +90,11 @@ class RayBackend:
 
         self._running.clear()
         self._nodes = []
-        ray.shutdown()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        with interrupts_held_back():
+            ray.shutdown()
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+                self._temporary = None
 
     def _outcome(self, reference: Any) -> UnitOutcome:
         import ray
@@ -129,16 +131,14 @@ class RayBackend:
             }
         else:
             _check_reachable(self._address)
-        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self._address, **options)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BackendError(f"cannot start or reach Ray at '{self._address}': {reason}; check execution.address") from error
-        finally:
-            # Ray replaces the handler by one that exits at once; ours lets the run release its leases.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)
+        except SystemExit as end:
+            # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.
+            raise KeyboardInterrupt from end
         self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         # Made once: every new remote function is shipped to all workers again.
         self._remote = ray.remote(execute_unit)

@@ -29,6 +29,9 @@ from hardmoe.stage import Completion, DriverContext, Finished, Phase, Resources,
 from hardmoe.storage import LocalStorage, Storage
 
 
+_ONE_CPU = Resources()
+
+
 class CountingWork:
     """See the module."""
 
@@ -174,7 +177,7 @@ def counting(
     numbers: Sequence[int] = (1, 2, 3),
     control: Path | None = None,
     inputs: Sequence[str] = (),
-    resources: Resources = Resources(),
+    resources: Resources = _ONE_CPU,
     **config: Json,
 ) -> Stage:
     """A counting stage; `inputs` are names of others, whose totals it adds."""
@@ -254,7 +257,7 @@ class Run:
 
     root: Path
     stages: Sequence[Stage]
-    options: RunnerOptions = RunnerOptions()
+    options: RunnerOptions = field(default_factory=RunnerOptions)
     backend: Backend = field(default_factory=InlineBackend)
     display: NotedDisplay = field(default_factory=NotedDisplay)
     storage: Storage | None = None

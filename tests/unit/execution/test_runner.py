@@ -99,7 +99,7 @@ def test_unforeseen_exception_of_a_unit_is_one_sentence_and_its_traceback_is_in_
 def test_error_of_the_drivers_part_alone_is_raised_as_it_is(root: Path, control: Control, moment: str) -> None:
     control.order("fail", moment, "the data are of no use; bring others")
     stage = counting(control=control.directory)
-    with pytest.raises(DataError, match="^the data are of no use; bring others$"):
+    with pytest.raises(DataError, match=r"^the data are of no use; bring others$"):
         Run(root, [stage]).run()
     control.cancel("fail", moment)
     assert Run(root, [stage]).run().artifacts["count"].payload == {"total": 14}
@@ -269,7 +269,9 @@ def test_input_built_anew_with_other_bytes_is_refused(root: Path, monkeypatch: p
     (root / "a" / RECORD_NAME).unlink()
     real = module.CountingWork.run
     monkeypatch.setattr(module.CountingWork, "run", lambda self, context: real(self, context) | {"total": 15})
-    with pytest.raises(RebuiltInputError, match=r"/b stands on an earlier 'a' .*; delete .*/b and what stands on it, then run again"):
+    with pytest.raises(
+        RebuiltInputError, match=r"/b stands on an earlier 'a' .*; delete .*/b and what stands on it, then run again"
+    ):
         Run(root, stages).run()
     with pytest.raises(RebuiltInputError):
         Run(root, stages).plan()
@@ -310,7 +312,7 @@ def test_file_of_another_builds_crash_is_never_taken_for_the_one_that_vanished(r
     (root / "count" / "squares").mkdir()
     (root / "count" / "squares" / "2.txt").write_text("5\n")
     control.cancel("fail", "sum-all")
-    with pytest.raises(CorruptFileError, match="squares/2.txt has other content"):
+    with pytest.raises(CorruptFileError, match=r"squares/2\.txt has other content"):
         Run(root, [stage]).run()
 
 

@@ -1,0 +1,159 @@
+"""Ray as the backend: units in other processes, dead workers told from failed units, and nothing left of it afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+from counting import Control, Run, counting
+from support import records
+
+from hardmoe.artifacts.lease import this_process
+from hardmoe.errors import BackendError, UnitsFailedError
+from hardmoe.execution.ray import scratch
+from hardmoe.execution.ray.backend import RayBackend
+from hardmoe.execution.runner import RunnerOptions
+from hardmoe.stage import Resources
+
+HERE = Path(__file__).parent
+
+
+def eventually(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def scratch_parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A place for Ray's directories that is short enough for its sockets, and this test's own."""
+    parent = Path(f"/tmp/hm-{os.getpid()}-{time.monotonic_ns() % 10**6}")
+    parent.mkdir()
+    monkeypatch.setenv("TMPDIR", str(parent))
+    monkeypatch.setattr(scratch.tempfile, "tempdir", None)
+    # Workers import the counting stage; they know this environment and not this process's `sys.path`.
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parents[1]}")
+    yield parent
+    assert list(parent.glob("hardmoe-ray-*")) == [], "Ray's directory outlived its driver"
+    scratch.shutil.rmtree(parent)
+
+
+def test_runs_units_on_workers_survives_their_death_and_equals_inline(
+    root: Path, control: Control, tmp_path: Path, scratch_parent: Path
+) -> None:
+    """One cluster for it all, as starting one takes seconds: what no machine has is refused; a worker is killed and replaced;
+    a unit raises what cannot be printed; and the rest equals an inline run."""
+    (other := tmp_path / "other").mkdir()
+    control.order("kill", "square-2")
+    Control(other).order("strange", "square-1")
+    stages = [counting("good", control=control.directory), counting("bad", control=other), counting("on-good", inputs=["good"])]
+    backend = RayBackend("local")
+    with pytest.raises(BackendError, match=r"a unit asks for 1 CPUs and 64 GPUs, which no node .* has \(.*CPUs and .*lower"):
+        backend.prepare([Resources(), Resources(1, 64.0)])
+    run = Run(root, stages, RunnerOptions(attempts=2), backend)
+    with pytest.raises(UnitsFailedError, match="bad/1: StrangeError: no message"):
+        run.run()
+    assert any("good/2: lost its worker" in line and "trying again (1 of 2)" in line for line in run.display.lines)
+    assert control.runs().count("square-2") == 2
+    assert control.processes() - {os.getpid()}, "units run in other processes"
+    Run(tmp_path / "inline", [counting("good"), counting("on-good", inputs=["good"])]).run()
+    assert records(root) == records(tmp_path / "inline")
+    assert list(root.rglob("lease.json")) == []
+    assert not [process for process in psutil.Process().children(recursive=True) if "ray" in " ".join(process.cmdline())]
+
+
+_DRIVER = """
+import signal, sys
+sys.path[:0] = [{here!r}, {tests!r}]
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+from pathlib import Path
+from counting import Run, counting
+from hardmoe.execution.ray.backend import RayBackend
+try:
+    Run(Path({root!r}), [counting(control=Path({control!r}))], backend=RayBackend("local")).run()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def ray_processes(scratch_directory: Path) -> list[psutil.Process]:
+    """Everything that belongs to the cluster of one scratch directory."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(scratch_directory) in " ".join(process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_driver_that_is_ended_takes_ray_with_it(
+    root: Path, control: Control, scratch_parent: Path, number: signal.Signals
+) -> None:
+    """Ray's own handler of SIGTERM exits on the spot: leases and directory stayed behind, with exit code 15."""
+    control.order("block", "square-3")
+    code = _DRIVER.format(here=str(HERE), tests=str(HERE.parents[1]), root=str(root), control=str(control.directory))
+    driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        eventually(lambda: "square-3" in control.runs() or driver.poll() is not None)
+        assert driver.poll() is None
+        (directory,) = scratch_parent.glob("hardmoe-ray-*")
+        assert ray_processes(directory)
+        driver.send_signal(number)
+        driver.wait(60)
+        eventually(lambda: not ray_processes(directory))
+    finally:
+        driver.kill()
+        driver.wait()
+    if number == signal.SIGKILL:
+        assert (root / "count/_progress/lease.json").exists()
+        # What only a living process could tidy up, the next one on the machine does.
+        scratch.make_scratch().joinpath("holder.json").unlink()
+        (left,) = scratch_parent.glob("hardmoe-ray-*")
+        assert left != directory
+        scratch.shutil.rmtree(left)
+    else:
+        assert driver.returncode == 130
+        assert list(root.rglob("lease.json")) == []
+        assert json.loads((root / "count/_progress/status.json").read_text())["state"] == "stopped"
+    control.cancel("block", "square-3")
+    assert Run(root, [counting(control=control.directory)]).run().artifacts["count"].payload == {"total": 14}
+
+
+def test_scratch_of_the_living_of_others_and_of_the_unknown_is_left_alone(scratch_parent: Path) -> None:
+    me = this_process()
+    holders = {"dead": replace(me, pid=2**22 + 1), "living": me, "elsewhere": replace(me, host="another", pid=2**22 + 1)}
+    for name, holder in holders.items():
+        (scratch_parent / f"hardmoe-ray-{name}").mkdir()
+        (scratch_parent / f"hardmoe-ray-{name}" / "holder.json").write_text(json.dumps(asdict(holder)))
+    (scratch_parent / "hardmoe-ray-just-made").mkdir()
+    (scratch_parent / "hardmoe-ray-garbage").mkdir()
+    (scratch_parent / "hardmoe-ray-garbage" / "holder.json").write_text("[]")
+    (scratch_parent / "unrelated").mkdir()
+    (scratch_parent / "hardmoe-ray-link").symlink_to(scratch_parent / "unrelated")
+    mine = scratch.make_scratch()
+    names = {path.name for path in scratch_parent.iterdir()}
+    assert "hardmoe-ray-dead" not in names
+    assert names >= {f"hardmoe-ray-{n}" for n in ("living", "elsewhere", "just-made", "garbage", "link")} | {
+        "unrelated",
+        mine.name,
+    }
+    for path in scratch_parent.glob("hardmoe-ray-*"):
+        path.unlink() if path.is_symlink() else scratch.shutil.rmtree(path)
+
+
+def test_long_temporary_directory_is_not_used_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel allows 107 bytes for a socket's path, and Ray takes 85 of them: jobs under a long TMPDIR could not start."""
+    (long := tmp_path / ("x" * 60)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(scratch.tempfile, "tempdir", None)
+    made = scratch.make_scratch()
+    assert made.parent == Path("/tmp")
+    scratch.shutil.rmtree(made)
