@@ -120,7 +120,7 @@ def print_metrics(built: Built) -> None:
     click.echo(f"{results['num_test_examples']} test examples; per cent, with 95 % bootstrap intervals\n")
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
     difference = results["differences"].get("mixture - dense_refit", {}).get("precision@1")
-    if difference and difference["value"] is not None:
+    if difference and difference["low"] is not None:
         low, high = 100 * difference["low"], 100 * difference["high"]
         click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
 
@@ -172,6 +172,8 @@ def _backend(config: ExecutionConfig, display: Display) -> Backend:
 def _interval(metric: Mapping[str, Any]) -> str:
     if metric["value"] is None:
         return "-"
+    if metric["low"] is None:  # too few test examples for an interval
+        return f"{100 * metric['value']:.1f}"
     return f"{100 * metric['value']:.1f} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
 
 

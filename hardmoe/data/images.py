@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from hardmoe.data.config import DatasetConfig
+from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.errors import HardmoeError
 
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "ICO", "PPM")
@@ -218,7 +218,7 @@ def thumbnail_data_uri(data: bytes, size: int) -> str:
     Raises:
         UndecodableImageError: as `decode` does.
     """
-    max_pixels: int = DatasetConfig.model_fields["max_pixels"].default
-    pixels_3SS = resize_square(decode(data, max_pixels), size)
+    # The dataset stage has held the image against the recipe's own limit, which may be above the default.
+    pixels_3SS = resize_square(decode(data, PILLOW_MAX_PIXELS), size)
     png = encode_png(np.ascontiguousarray(pixels_3SS.transpose(1, 2, 0)))
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -2,18 +2,19 @@
 
 Two durable steps. `assign` routes one feature shard, writes its assignments and one file of the shard's examples sorted by
 expert, a row group each. `merge` reads one part's row groups from all these files, so that an expert later streams only its
-own shards. That every example arrives, exactly once, is checked by count and by an order-free checksum of the ids. Rejected:
-one small file per (shard, expert), which is thousands of files where there are many of both, and leaving the examples where
-they are, which makes every expert read everything.
+own shards; it holds one shard at a time, however large the part is. That every example arrives, exactly once, is checked by
+count and by an order-free checksum of the ids. Rejected: one small file per (shard, expert), which is thousands of files
+where there are many of both, and leaving the examples where they are, which makes every expert read everything.
 
 Shape letters: N examples, K experts.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -28,7 +29,7 @@ from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Ph
 from hardmoe.tables import build_table, ids_from_array, ids_to_array, read_table, write_table
 
 SHARD_BYTES = 128 * 2**20
-"""A part's shards are cut at about this size."""
+"""A part's shards hold about so many bytes of images."""
 
 
 class PartitionWork:
@@ -64,13 +65,15 @@ def load_router(router: InputArtifact) -> Router:
 def _merge_unit(split: str, expert: int, units: Sequence[Unit], assigned: Sequence[Completion]) -> Unit:
     """What to merge for one part: the row group of every regrouped file that holds rows of it."""
     sources = []
-    rows = 0
+    rows = size = 0
     for unit, done in zip(units, assigned, strict=True):
         if unit.arguments["split"] == split and (count := done.payload["counts"][expert]):
             group = sum(1 for other in done.payload["counts"][:expert] if other)
             sources.append({"path": done.scratch["regrouped"], "group": group})
             rows += count
-    return Unit(f"{split}-{expert:04d}", {"split": split, "expert": expert, "sources": sources, "rows": rows}, cost=rows)
+            size += done.payload["bytes"][expert]
+    arguments = {"split": split, "expert": expert, "sources": sources, "rows": rows, "shards": max(1, -(-size // SHARD_BYTES))}
+    return Unit(f"{split}-{expert:04d}", arguments, cost=rows)
 
 
 def _summary(experts: int, units: Sequence[Unit], assigned: Sequence[Completion]) -> Json:
@@ -130,10 +133,16 @@ def _assign(context: UnitContext) -> Json:
         )
     experts: int = context.stage.config["partition"]["experts"]
     counts = np.bincount(assignment.primary_N, minlength=experts)
-    _write_regrouped(context, rows.append_column("distance", pa.array(distance_N)), assignment.primary_N)
+    sizes = _write_regrouped(context, rows.append_column("distance", pa.array(distance_N)), assignment.primary_N)
     fixed_N = np.rint(distance_N.astype(np.float64) * _DISTANCE_UNIT).astype(np.int64)
     totals = [int(fixed_N[assignment.primary_N == expert].sum()) for expert in range(experts)]
-    return {"rows": len(ids_N16), "counts": counts.tolist(), "distance_units": totals, "checksum": _checksum(ids_N16)}
+    return {
+        "rows": len(ids_N16),
+        "counts": counts.tolist(),
+        "bytes": [sizes.get(expert, 0) for expert in range(experts)],
+        "distance_units": totals,
+        "checksum": _checksum(ids_N16),
+    }
 
 
 def _route(
@@ -165,24 +174,52 @@ def _distances_to(router: Router, features_ND: NDArray[np.float32], experts_N: N
     return np.sqrt(sum_of_squares(differences_ND)).astype(np.float32)
 
 
-def _write_regrouped(context: UnitContext, rows: Any, primary_N: NDArray[np.int32]) -> None:
-    """The shard's examples sorted by expert, one row group per expert that has any."""
+def _write_regrouped(context: UnitContext, rows: Any, primary_N: NDArray[np.int32]) -> dict[int, int]:
+    """The shard's examples sorted by expert, one row group per expert that has any; returns the bytes of their images."""
+    sizes = {}
     with context.scratch("regrouped") as out, pq.ParquetWriter(out, PART, compression="zstd") as writer:
-        for expert in np.unique(primary_N):
-            chosen = rows.take(pa.array(np.flatnonzero(primary_N == expert))).cast(PART)
+        for expert in np.unique(primary_N).tolist():
+            # Not `take`, which first makes one array of the images and refuses to where they exceed 2 GiB.
+            chosen = rows.filter(pa.array(primary_N == expert)).cast(PART)
             writer.write_table(chosen, row_group_size=max(1, chosen.num_rows))
+            sizes[expert] = pc.sum(pc.binary_length(chosen.column("image"))).as_py()
+    return sizes
 
 
 def _merge(context: UnitContext) -> Json:
     arguments = context.unit.arguments
-    tables = []
-    for source in arguments["sources"]:
-        with context.storage.open_input(source["path"]) as file:
-            tables.append(pq.ParquetFile(file).read_row_group(source["group"]))
-    table = pa.concat_tables(tables).sort_by("example_id")
-    count = max(1, -(-table.nbytes // SHARD_BYTES))
+    rows, count = arguments["rows"], arguments["shards"]
+    bounds = [index * rows // count for index in range(count + 1)]
     prefix = f"split={arguments['split']}/expert={arguments['expert']:04d}"
-    for index in range(count):
-        low, high = index * table.num_rows // count, (index + 1) * table.num_rows // count
-        write_table(context.output(f"{prefix}/part-{index:05d}-of-{count:05d}.parquet"), table.slice(low, high - low))
-    return {"rows": table.num_rows, "checksum": _checksum(ids_to_array(table.column("example_id")))}
+    merged = checksum = 0
+    for index, table in enumerate(cut(_row_groups(context, arguments["sources"]), np.diff(bounds).tolist())):
+        # Not sorted over all shards of the part, which would have to be in memory at once: readers sort what they hold.
+        shard = table.sort_by("example_id")
+        write_table(context.output(f"{prefix}/part-{index:05d}-of-{count:05d}.parquet"), shard)
+        merged += shard.num_rows
+        checksum += _checksum(ids_to_array(shard.column("example_id")))
+        context.progress(merged, rows)
+    return {"rows": merged, "checksum": checksum % _WORD}
+
+
+def _row_groups(context: UnitContext, sources: Sequence[Json]) -> Iterator[Any]:
+    for source in sources:
+        with context.storage.open_input(source["path"]) as file:
+            yield pq.ParquetFile(file).read_row_group(source["group"])
+
+
+def cut(tables: Iterable[Any], sizes: Sequence[int]) -> Iterator[Any]:
+    """Regroup a stream of tables into tables of these numbers of rows; draws the next one only when it is needed.
+
+    Where the stream ends early the last tables are shorter, or missing.
+    """
+    stream, waiting, held = iter(tables), [], 0
+    for size in sizes:
+        while held < size and (table := next(stream, None)) is not None:
+            waiting.append(table)
+            held += table.num_rows
+        if not waiting:
+            return
+        together = pa.concat_tables(waiting)
+        yield together.slice(0, size)
+        waiting, held = [together.slice(size)], max(0, held - size)

@@ -8,6 +8,7 @@ Shape letters: N images, n images of one piece, B batch, S side in pixels, D fea
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -38,11 +39,22 @@ def predict_features(
         was_training = backbone.training
         backbone.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _full_float32():
                 features_BD = backbone(device_images(torch.from_numpy(images_B3SS), device))
         finally:
             backbone.train(was_training)
         yield features_BD[:rows].float()
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """TF32 off in convolutions, where torch has it on: with its ten bits a GPU and a CPU would route images apart."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def device_images(images_B3SS: Tensor, device: torch.device) -> Tensor:

@@ -271,6 +271,9 @@ class _Training:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for array in (self.examples.ids_N16, self.examples.label_offsets, self.examples.label_indices_L):
             digest.update(array.tobytes())
+        # An id may be the user's own name of an image that was replaced since; hashing costs a fraction of the decoding.
+        for images_B3SS in self.examples.sequential_images(self.config.batch_size):
+            digest.update(images_B3SS.data)
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

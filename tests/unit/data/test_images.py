@@ -233,6 +233,15 @@ def test_encode_png_is_lossless_and_deterministic():
     np.testing.assert_array_equal(decode(encode_png(pixels), LIMIT), pixels)
 
 
+def test_thumbnail_of_an_image_beyond_the_default_limit_is_drawn(monkeypatch: pytest.MonkeyPatch):
+    # Once dataset.max_pixels was raised in the recipe, such an image went through the whole run until the report refused it,
+    # by the default of that key. Its size is only claimed here: the real one would take a gigabyte.
+    limits: list[int] = []
+    monkeypatch.setattr(images, "_check_pixels", lambda image, max_pixels: limits.append(max_pixels))
+    thumbnail_data_uri(saved(Image.fromarray(smooth(4, 6)), "PNG"), 2)
+    assert set(limits) == {PILLOW_MAX_PIXELS}
+
+
 def test_thumbnail_is_a_png_data_uri_of_the_square():
     pixels = smooth(40, 60)
     uri = thumbnail_data_uri(saved(Image.fromarray(pixels), "PNG"), 16)

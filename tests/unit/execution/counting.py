@@ -28,7 +28,6 @@ from hardmoe.execution.worker import execute_unit
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Resources, Stage, Unit, UnitContext
 from hardmoe.storage import LocalStorage, Storage
 
-
 _ONE_CPU = Resources()
 
 

@@ -48,5 +48,20 @@ def test_features_of_an_image_have_the_same_bits_alone_and_among_others(backbone
     assert np.array_equal(alone, predict(backbone, [images], 8)[:10])
 
 
+def test_convolutions_compute_in_full_float32_and_the_switch_is_put_back(images: NDArray[np.uint8]) -> None:
+    """torch lets convolutions on a GPU use TF32 by default: features there had ten bits, those of a CPU twenty-three."""
+    seen: list[bool] = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, images_B3SS: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return images_B3SS.mean(dim=(2, 3))
+
+    before = torch.backends.cudnn.allow_tf32
+    for _ in predict_features(Backbone(Watching(), 3), [images], 8, CPU):
+        assert torch.backends.cudnn.allow_tf32 is before
+    assert seen == [False] * 3
+
+
 def test_predict_features_of_nothing_is_nothing(backbone: Backbone) -> None:
     assert list(predict_features(backbone, [], 8, CPU)) == []

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -144,6 +144,21 @@ def test_checkpoints_of_another_training_are_not_resumed(tmp_path: Path, change:
     fresh = Attempt(tmp_path / "fresh", **change).run()
     assert_same_bits(weights, fresh[1])
     assert metrics == fresh[2]
+
+
+def test_checkpoints_of_other_images_under_the_same_ids_are_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `dataset.id_column` an id is the user's own name of an image, and a corrected image keeps it.
+
+    The digest of a training held ids and labels alone, so a trunk went on from what it had learnt of the old pixels.
+    """
+    with pytest.raises(Killed):
+        Attempt(tmp_path).run(kill_at=15)
+    corrected = replace(EXAMPLES, storage_M3SS=255 - EXAMPLES.storage_M3SS)
+    monkeypatch.setitem(globals(), "EXAMPLES", corrected)
+    attempt = Attempt(tmp_path)
+    _, weights, _ = attempt.run()
+    assert attempt.progress[0].step == 1
+    assert_same_bits(weights, Attempt(tmp_path / "fresh").run()[1])
 
 
 def test_dropout_is_a_function_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
