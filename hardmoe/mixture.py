@@ -64,10 +64,17 @@ class Mixture:
 
         Raises:
             MissingRecordError: the run is not finished; names the artifact that is missing.
+            DataError: its partition is random.
         """
         store = ArtifactStore(open_storage(root))
-        for name in ("trunk", "router", "partition", "decoder", "vocabulary"):
+        for name in ("trunk", "partition", "decoder", "vocabulary"):
             store.get(name)
+        if store.get("partition").record.config["partition"]["method"] == "random":
+            raise DataError(
+                f"the partition in {root} is random, so nothing says which expert a new image goes to; "
+                "take a run with partition.method: kmeans"
+            )
+        store.get("router")
         return cls(store)
 
     @cached_property

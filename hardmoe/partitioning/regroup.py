@@ -48,7 +48,7 @@ class PartitionWork:
         assigned = yield Phase("assign", units)
         merges = [_merge_unit(split, expert, units, assigned) for split in SPLITS for expert in range(experts)]
         merged = yield Phase("merge", [unit for unit in merges if unit.arguments["rows"]])
-        _check_complete(assigned, merged)
+        _check_complete(f"{context.storage.uri}/{context.stage.name}", assigned, merged)
         return Finished(_summary(experts, units, assigned))
 
     def run(self, context: UnitContext) -> Json:
@@ -88,14 +88,14 @@ def _summary(experts: int, units: Sequence[Unit], assigned: Sequence[Completion]
     return {"experts": experts, "sizes": sizes, "mean_distance": means}
 
 
-def _check_complete(assigned: Sequence[Completion], merged: Sequence[Completion]) -> None:
+def _check_complete(where: str, assigned: Sequence[Completion], merged: Sequence[Completion]) -> None:
     """Every example that was assigned must be in exactly one part."""
     for name in ("rows", "checksum"):
         before = sum(done.payload[name] for done in assigned) % _WORD
         after = sum(done.payload[name] for done in merged) % _WORD
         if before != after:
             raise CorruptFileError(
-                f"the partition lost or doubled examples ({name}: {before} assigned, {after} merged); run again"
+                f"{where} lost or doubled examples ({name}: {before} assigned, {after} merged); delete it and run again"
             )
 
 

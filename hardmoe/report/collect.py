@@ -1,13 +1,14 @@
 """The report stage: one unit that gathers from the artifacts what the page shows, as `data.json`.
 
 Only deterministic things: what the record vouches for. Times and hosts join when the page is rendered. Where parts are
-large, images and tags are judged on a sample drawn by hash, so the cost does not grow with the collection.
+large, images and tags are judged on a sample drawn by hash, and of all images only a few shards' are read: what grows with
+the collection is a pass over ids and assignments.
 
 Shape letters: N examples of the sample, V tags.
 """
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,14 +220,22 @@ def _characteristic_tags(
 
 
 def _thumbnails(partition: InputArtifact, expert: int, ids_n16: NDArray[np.uint8]) -> dict[bytes, str]:
-    """Images of these examples as data URIs, by id; the part's shards are read once."""
+    """Images of these examples as data URIs, by id; of the part's shards only those that hold some of them are read."""
     wanted = {row.tobytes() for row in ids_n16}
     found: dict[bytes, str] = {}
-    for table in read_examples(partition, example_shards(partition, "train", expert), columns=["example_id", "image"]):
-        ids = table.column("example_id").to_pylist()
-        for position in [at for at, identity in enumerate(ids) if identity in wanted]:
-            found[ids[position]] = thumbnail_data_uri(table.column("image")[position].as_py(), THUMBNAIL)
+    for path in example_shards(partition, "train", expert):
+        if wanted.isdisjoint(_ids(partition, path)):
+            continue
+        for table in read_examples(partition, [path], columns=["example_id", "image"]):
+            ids = table.column("example_id").to_pylist()
+            for position in [at for at, identity in enumerate(ids) if identity in wanted]:
+                found[ids[position]] = thumbnail_data_uri(table.column("image")[position].as_py(), THUMBNAIL)
     return found
+
+
+def _ids(partition: InputArtifact, path: str) -> Iterator[bytes]:
+    for table in read_examples(partition, [path], columns=["example_id"]):
+        yield from table.column("example_id").to_pylist()
 
 
 def _exemplar(sample: _Sample, row: int, images: dict[bytes, str], names: Sequence[str]) -> Exemplar:

@@ -1,11 +1,12 @@
 """The mixture as one object: it must give what the cached tables and the evaluation gave."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support import metrics
+from support import copied_run, metrics
 
 from hardmoe.errors import DataError, MissingRecordError
 from hardmoe.mixture import Mixture
@@ -58,3 +59,14 @@ def test_mixture_of_an_undecodable_image_names_its_position(mixture: Mixture) ->
 def test_mixture_of_an_unfinished_run_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(MissingRecordError, match="trunk"):
         Mixture.load(str(tmp_path))
+
+
+def test_mixture_of_a_random_partition_says_that_nothing_routes_new_images(finished: Path, tmp_path: Path) -> None:
+    """It said that the router was never finished; such a run has none, and finishing it brings none."""
+    root = copied_run(finished, tmp_path, keep=["trunk", "partition", "decoder", "vocabulary"])
+    record = root / "partition" / "artifact.json"
+    body = json.loads(record.read_text())
+    body["config"]["partition"]["method"] = "random"
+    record.write_text(json.dumps(body))
+    with pytest.raises(DataError, match=r"is random.*partition\.method: kmeans"):
+        Mixture.load(str(root))

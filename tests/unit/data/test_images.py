@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 from torchvision.transforms import v2
 
+from hardmoe.data import images
+from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.images import UndecodableImageError, content_id, decode, encode_png, resize_square, thumbnail_data_uri
 from hardmoe.errors import HardmoeError
 

@@ -111,8 +111,8 @@ def test_progress_calls_back_where_the_driver_itself_runs_the_unit(root: Path) -
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"completion": {}}', b"\xff"])
 def test_file_that_is_no_completion_is_named(data: bytes) -> None:
-    with pytest.raises(CorruptFileError, match=r"^/root/done.json is not a unit's completion; delete it"):
-        parse_completion(data, "/root/done.json")
+    with pytest.raises(CorruptFileError, match=r"^/elsewhere/done.json is not a unit's completion; delete it"):
+        parse_completion(data, "/elsewhere/done.json")
 
 
 def test_labels_are_what_people_call_a_unit() -> None:
