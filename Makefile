@@ -18,7 +18,7 @@ PROGRESS := awk -v all="$$(grep -c '^[a-z].*==' requirements.lock)" '\
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## Build a mixture of four experts from 17,000 icons, and a report about it (8 minutes on two cores)
+demo: $(READY) ## Build a mixture of four experts from 17,000 icons, and a report about it (about 3 minutes on two cores)
 	@$(BIN)/hardmoe run -f pipelines/demo.yaml
 
 lint: $(READY) ## Check style and types

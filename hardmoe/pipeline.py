@@ -58,7 +58,7 @@ def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
         DataError: the source cannot be listed, or the alias file cannot be read.
         DriftError: the dataset was made from other files; says which.
     """
-    return ExternalInputs(_source_digest(recipe, store), _file_digest(recipe.hashtags.aliases))
+    return ExternalInputs(_source_digest(recipe, store), _aliases_digest(recipe, store))
 
 
 def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
@@ -160,10 +160,16 @@ def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) ->
     )
 
 
-def _file_digest(path: str | None) -> str | None:
+def _aliases_digest(recipe: Recipe, store: ArtifactStore) -> str | None:
+    """The digest of the alias file; of the finished vocabulary's own record where the file is gone."""
+    path = recipe.hashtags.aliases
     if path is None:
         return None
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(f"the aliases {path} cannot be read ({error.strerror}); correct hashtags.aliases") from error
+        vocabulary = store.find("vocabulary")
+        if vocabulary is None or vocabulary.record.config["aliases"]["sha256"] is None:
+            raise DataError(f"the aliases {path} cannot be read ({error.strerror}); correct hashtags.aliases") from error
+        digest: str = vocabulary.record.config["aliases"]["sha256"]
+        return digest

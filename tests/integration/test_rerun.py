@@ -61,6 +61,18 @@ def test_run_whose_photos_were_moved_away_is_still_finished(run: Path, finished:
     assert changed(before, run) == set()
 
 
+def test_alias_file_that_is_gone_is_not_missed_and_one_that_changed_is_refused(project: Path) -> None:
+    """A vanished alias file once made a finished run unusable, where vanished photos did not."""
+    write_recipe(project, hashtags={"min_count": 5, "aliases": "aliases.csv"})
+    aliases = project / "aliases.csv"
+    aliases.write_text("alias,tag\nslim,thin\n")
+    first = succeed(project, "partition", "--backend", "inline")
+    aliases.unlink()
+    assert succeed(project, "partition") == first
+    aliases.write_text("alias,tag\nthin,slim\n")
+    assert "aliases.sha256" in refusal(invoke(project, "partition"))
+
+
 def test_photos_gone_before_the_dataset_was_finished_are_asked_for(run: Path) -> None:
     """Only a finished dataset can do without its source."""
     project = run.parents[1]
