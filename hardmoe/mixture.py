@@ -122,6 +122,8 @@ class Mixture:
     def _decoded(self, images: Sequence[bytes]) -> NDArray[np.uint8]:
         pixels_N3SS = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
         for position, data in enumerate(images):
+            if not isinstance(data, bytes):
+                raise TypeError(f"images must be encoded images (bytes each), but item {position} is a {type(data).__name__}")
             try:
                 pixels_N3SS[position] = resize_square(decode(data, PILLOW_MAX_PIXELS), self.image_size)
             except UndecodableImageError as error:

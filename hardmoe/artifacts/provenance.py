@@ -18,8 +18,8 @@ _PACKAGES = ("torch", "torchvision", "ray", "faiss-gpu", "faiss-cpu", "numpy", "
 
 
 def now() -> str:
-    """The present moment in ISO 8601, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The present moment in ISO 8601, UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @cache

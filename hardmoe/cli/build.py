@@ -59,7 +59,18 @@ def build(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, lambda: _backend(recipe.execution, display), reporter, limits).run(plan)
+        _tell_left_out(plan, missing)
     return Built(store, recipe, plan, frozenset(missing))
+
+
+def _tell_left_out(plan: Plan, fresh: set[str]) -> None:
+    """Say on stderr how many rows and examples were of no use, and where they are listed."""
+    if "dataset" in fresh and (count := plan.artifacts["dataset"].payload["quarantined"]):
+        click.echo(f"{count} rows could not be used: see dataset/quarantine in the root", err=True)
+    if "vocabulary" in fresh:
+        payload = plan.artifacts["vocabulary"].payload
+        if count := payload["without_hashtags"] + payload["outside_vocabulary"]:
+            click.echo(f"{count} examples have no hashtag of the vocabulary: see vocabulary/unlabelled in the root", err=True)
 
 
 def print_plan(options: Mapping[str, Any]) -> None:

@@ -114,13 +114,15 @@ def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> Non
     if failed:
         _print_failures(storage, names)
         return
-    for artifact in names:
-        for path in storage.list(join(artifact, "_progress", "logs")):
-            if name is None:
-                click.echo(f"{artifact}: {path.removesuffix('.log')}")
-            else:
-                click.echo(f"== {path.removesuffix('.log')}")
-                click.echo(storage.read_bytes(join(artifact, "_progress", "logs", path)).decode(errors="replace"), nl=False)
+    found = [(artifact, path) for artifact in names for path in storage.list(join(artifact, "_progress", "logs"))]
+    if not found:
+        click.echo("no unit had anything to say: logs hold warnings, errors and resumed trainings", err=True)
+    for artifact, path in found:
+        if name is None:
+            click.echo(f"{artifact}: {path.removesuffix('.log')}")
+        else:
+            click.echo(f"== {path.removesuffix('.log')}")
+            click.echo(storage.read_bytes(join(artifact, "_progress", "logs", path)).decode(errors="replace"), nl=False)
 
 
 def _print_failures(storage: Storage, names: Sequence[str]) -> None:

@@ -25,7 +25,8 @@ class DatasetConfig(Config):
     """Where the examples come from: `parquet`, `icons`, or the name of an installed `hardmoe.sources` entry point."""
 
     path: str | list[str] | None = operational(None)
-    """File, glob pattern or a list of them; for `icons` a folder of fonts in place of the packaged ones."""
+    """File, glob pattern or a list of them, relative to the current directory; for `icons` a folder of fonts in place of the
+    packaged ones."""
 
     image_column: str = "image"
     """Column with the encoded bytes of the images: binary, or a struct with a binary field `bytes`."""

@@ -70,3 +70,9 @@ def test_mixture_of_a_random_partition_says_that_nothing_routes_new_images(finis
     record.write_text(json.dumps(body))
     with pytest.raises(DataError, match=r"is random.*partition\.method: kmeans"):
         Mixture.load(str(root))
+
+
+def test_mixture_of_one_image_instead_of_several_says_what_is_expected(mixture: Mixture) -> None:
+    """Iterating over one image's bytes once gave "image 0 of 217: broken image"."""
+    with pytest.raises(TypeError, match=r"images must be encoded images \(bytes each\), but item 0 is a int"):
+        mixture.predict(b"one image")  # type: ignore[arg-type]
