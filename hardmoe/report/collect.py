@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hardmoe.config import Json
 from hardmoe.data.images import thumbnail_data_uri
-from hardmoe.data.reading import Labels, example_shards, labels_of, read_examples, tag_names
+from hardmoe.data.reading import Labels, example_shards, labels_of, read_examples, sortable, tag_names
 from hardmoe.data.schemas import ASSIGNMENTS, SPLITS
 from hardmoe.hashing import hash_fractions
 from hardmoe.report.schema import CurvePoint, DatasetFacts, Exemplar, Metrics, Network, Part, ReportData, RouterFit, TagLift
@@ -199,8 +199,7 @@ def _parts(context: Context) -> list[Part]:
 def _choose(sample: _Sample, in_part_N: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
     """Rows of the images nearest to the centroid, and of those almost as near to another one."""
     rows = np.flatnonzero(in_part_N)
-    keys_n = sample.ids_N16[rows].view(np.dtype((np.void, 16))).reshape(-1)
-    by_id = rows[np.argsort(keys_n)]  # ties are broken by id, so the page does not depend on the sharding
+    by_id = rows[np.argsort(sortable(sample.ids_N16[rows]))]  # ties are broken by id, so the page does not depend on the sharding
     typical = by_id[np.argsort(sample.distance_N[by_id], kind="stable")][:NUM_TYPICAL]
     bordering = by_id[sample.second_N[by_id] >= 0]
     gap = sample.second_distance_N[bordering] - sample.distance_N[bordering]

@@ -36,6 +36,15 @@ def test_probe_sees_a_heavy_import(tmp_path: Path, project: Path) -> None:
     assert "torch" in modules
 
 
+def assert_light_and_harmless(finished: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """The command succeeds on a finished run, loads nothing heavy and changes no file."""
+    before = snapshot(finished)
+    result, modules = _loaded(finished, tmp_path / "modules", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert modules & HEAVY == set()
+    assert snapshot(finished) == before
+
+
 def test_help_loads_click_and_nothing_that_reads_data(tmp_path: Path) -> None:
     result, modules = _loaded(tmp_path, tmp_path / "modules", "--help")
     assert result.returncode == 0
@@ -47,11 +56,7 @@ def test_finished_run_again_starts_neither_ray_nor_torch_and_changes_no_file(
     tmp_path: Path, finished: Path, arguments: tuple[str, ...]
 ) -> None:
     """The recipe's backend is Ray, which would be started on the first unit; there is none."""
-    before = snapshot(finished)
-    result, modules = _loaded(finished, tmp_path / "modules", *arguments)
-    assert result.returncode == 0, result.stderr
-    assert modules & HEAVY == set()
-    assert snapshot(finished) == before
+    assert_light_and_harmless(finished, tmp_path, arguments)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +67,7 @@ def test_finished_run_again_starts_neither_ray_nor_torch_and_changes_no_file(
 def test_looking_at_a_run_loads_nothing_heavy_and_changes_no_file(
     tmp_path: Path, finished: Path, arguments: tuple[str, ...]
 ) -> None:
-    before = snapshot(finished)
-    result, modules = _loaded(finished, tmp_path / "modules", *arguments)
-    assert result.returncode == 0, result.stderr
-    assert modules & HEAVY == set()
-    assert snapshot(finished) == before
+    assert_light_and_harmless(finished, tmp_path, arguments)
 
 
 def test_finished_run_again_prints_what_the_first_time_printed(finished: Path) -> None:
