@@ -28,5 +28,5 @@ def load_arrays(storage: Storage, path: str) -> dict[str, NDArray[Any]]:
     try:
         arrays: dict[str, NDArray[Any]] = safetensors.numpy.load(storage.read_bytes(path))
     except (safetensors.SafetensorError, ValueError) as error:
-        raise CorruptFileError(f"{storage.uri}/{path} is damaged: {error}") from error
+        raise CorruptFileError(f"{storage.where(path)} is damaged: {error}") from error
     return arrays

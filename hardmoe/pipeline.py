@@ -154,7 +154,7 @@ def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) ->
 
     changes = found.changes_since(read_source_table(dataset))
     return (
-        f"{store.storage.uri}/dataset was built from other files ({changes}; source.sha256: "
+        f"{store.storage.where('dataset')} was built from other files ({changes}; source.sha256: "
         f"{_recorded_digest(dataset)[:12]}… -> {found.digest()[:12]}…); either put the files back, or give a new "
         "'root' to build from those there are now"
     )

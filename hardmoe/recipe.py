@@ -21,6 +21,7 @@ from hardmoe.errors import RecipeError
 from hardmoe.evaluation.config import EvaluationConfig
 from hardmoe.execution.config import ExecutionConfig
 from hardmoe.experts.config import ExpertsConfig
+from hardmoe.features.config import FeaturesConfig
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.trunk.config import TrunkConfig
 
@@ -40,6 +41,8 @@ class Recipe(Config):
     """Which hashtags the networks learn."""
     trunk: TrunkConfig = Field(default_factory=TrunkConfig)
     """The network whose features decide the partition."""
+    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    """What the partition goes by."""
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     """How the images are divided among the experts."""
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
@@ -99,13 +102,29 @@ def parse_recipe(body: Mapping[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {_explain(error)}") from error
 
 
+_PLACES = {"dataset": ("path", "image_root", "tags_path"), "hashtags": ("aliases", "allow", "deny"), "features": ("path",)}
+"""Keys that name files or folders."""
+
+
 def _from_here(recipe: Recipe) -> Recipe:
     """The recipe with absolute places of the data: a worker of a cluster has another current directory."""
-    path, aliases = recipe.dataset.path, recipe.hashtags.aliases
-    places = [_absolute(each) for each in path] if isinstance(path, list) else path and _absolute(path)
-    dataset = recipe.dataset.model_copy(update={"path": places})
-    hashtags = recipe.hashtags.model_copy(update={"aliases": aliases and _absolute(aliases)})
-    return recipe.model_copy(update={"dataset": dataset, "hashtags": hashtags})
+    sections: dict[str, Config] = {}
+    for name, keys in _PLACES.items():
+        section: Config = getattr(recipe, name)
+        places = {key: getattr(section, key) for key in keys}
+        absolute = {
+            key: [_absolute(each) for each in place] if isinstance(place, list) else place and _absolute(place)
+            for key, place in places.items()
+        }
+        sections[name] = section.model_copy(update=absolute)
+    if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
+        # The name of a dataset on a hub, and no path.
+        sections["dataset"] = sections["dataset"].model_copy(update={"path": recipe.dataset.path})
+    return recipe.model_copy(update=sections)
+
+
+def _is_there(place: str | list[str] | None) -> bool:
+    return isinstance(place, str) and Path(place).expanduser().exists()
 
 
 def _absolute(place: str) -> str:

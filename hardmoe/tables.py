@@ -60,7 +60,7 @@ def iterate_table(
     storage: Storage, path: str, schema: Any, columns: Sequence[str] | None = None, *, whole: bool = False, rows: int = 1024
 ) -> Iterator[Any]:
     """Read a table piece by piece, at most `rows` rows at a time, in the order in which it was written."""
-    where = f"{storage.uri}/{path}"
+    where = storage.where(path)
     with closing(storage.open_input(path)) as source:
         try:
             file = pq.ParquetFile(source, memory_map=False, page_checksum_verification=True)

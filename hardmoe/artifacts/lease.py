@@ -153,7 +153,7 @@ class Lease:
             if not self._lost and _read(self._storage, self._path) == self._content:
                 return
         raise LeaseError(
-            f"{self._storage.uri}/{self._path} was taken over by another process while this one was silent; "
+            f"{self._storage.where(self._path)} was taken over by another process while this one was silent; "
             "nothing was written, run the command again to continue beside it"
         )
 

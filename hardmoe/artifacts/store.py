@@ -73,7 +73,7 @@ class ArtifactStore:
         path = join(name, RECORD_NAME)
         if not self.storage.exists(path):
             return None
-        record = parse_record(self.storage.read_bytes(path), f"{self.storage.uri}/{path}")
+        record = parse_record(self.storage.read_bytes(path), self.storage.where(path))
         return Artifact(name, record, self.storage)
 
     def get(self, name: str) -> Artifact:
@@ -83,7 +83,7 @@ class ArtifactStore:
             MissingRecordError: it has no record.
         """
         if (artifact := self.find(name)) is None:
-            raise MissingRecordError(f"{self.storage.uri}/{join(name, RECORD_NAME)} does not exist: '{name}' was never finished")
+            raise MissingRecordError(f"{self.storage.where(join(name, RECORD_NAME))} does not exist: '{name}' was never finished")
         return artifact
 
     def commit(self, name: str, record: Record, provenance: bytes) -> Artifact:
@@ -99,7 +99,7 @@ class ArtifactStore:
         found = find_reusable(name, fingerprint, inputs, roots)
         if found is None:
             return None
-        origin = found.record.reused_from or f"{found.home.uri}/{found.name}"
+        origin = found.record.reused_from or found.home.child_uri(found.name)
         return self.commit(name, replace(found.record, reused_from=origin), provenance)
 
 

@@ -142,7 +142,7 @@ def publish(built: Built) -> str:
 
     if "report" in built.fresh or not built.store.storage.exists(PAGE_PATH):
         publish_page(built.store.storage, built.artifact("report"), list(built.plan.artifacts.values()))
-    return f"{built.store.storage.uri}/{PAGE_PATH}"
+    return built.store.storage.where(PAGE_PATH)
 
 
 def _planned(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str]) -> tuple[ArtifactStore, Recipe, Plan]:

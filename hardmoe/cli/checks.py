@@ -59,7 +59,7 @@ def _check_origin(artifact: Artifact) -> None:
     origin = artifact.record.reused_from
     if origin is None:
         return
-    where = f"{artifact.home.uri}/{artifact.name}"
+    where = artifact.home.where(artifact.name)
     remedy = f"bring it back, or delete {where} and what stands on it and run again"
     if not artifact.storage.exists(RECORD_NAME):
         raise MissingRecordError(f"{where} was taken over from {origin}, which is gone; {remedy}")

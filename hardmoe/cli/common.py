@@ -41,8 +41,10 @@ def existing_run(options: Mapping[str, Any]) -> tuple[Storage, Recipe]:
         root = recipe_of(options).root
     storage = open_storage(root)
     if not storage.exists(RECIPE_FILE):
-        raise RecipeError(f"no run was begun in {storage.uri}; begin one with 'hardmoe run', or name another root with --root")
-    return storage, parse_recipe(yaml.safe_load(storage.read_bytes(RECIPE_FILE)), f"{storage.uri}/{RECIPE_FILE}")
+        raise RecipeError(
+            f"no run was begun in {storage.where()}; begin one with 'hardmoe run', or name another root with --root"
+        )
+    return storage, parse_recipe(yaml.safe_load(storage.read_bytes(RECIPE_FILE)), storage.where(RECIPE_FILE))
 
 
 def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -145,7 +145,7 @@ def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
         click.echo(json.dumps({"record": artifact.record.body(), "provenance": provenance}, indent=1, sort_keys=True))
         return
     record = artifact.record
-    where = record.reused_from or f"{storage.uri}/{artifact.name}"
+    where = record.reused_from or storage.where(artifact.name)
     lines = [
         ("artifact", f"{artifact.name} (kind {record.kind}, version {record.version})"),
         ("files", f"{len(record.files)}, {sum(entry.size for entry in record.files):,} bytes, in {where}"),

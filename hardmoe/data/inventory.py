@@ -69,7 +69,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _key(file: SourceFile) -> str:
-    return f"{file.path}|{file.size}|{file.mtime_ns}"
+    return f"{file.path}|{file.size}|{file.version}"
 
 
 def _load_cache(storage: Storage) -> dict[str, str]:

@@ -79,7 +79,7 @@ def labels_of(vocabulary: InputArtifact, ids_N16: NDArray[np.uint8]) -> Labels:
     count = sum(map(len, found))
     if count != len(ids_N16):
         raise CorruptFileError(
-            f"{vocabulary.storage.uri}/{vocabulary.path('labels')} has labels of {count} of {len(ids_N16)} examples; "
+            f"{vocabulary.storage.where(vocabulary.path('labels'))} has labels of {count} of {len(ids_N16)} examples; "
             "delete the vocabulary and what stands on it, and run again"
         )
     return _in_order(found, values, lengths, len(ids_N16))

@@ -27,7 +27,7 @@ def checked_inventory(context: Context, source: Source) -> Inventory:
     if inventory.digest() != context.stage.config["source"]["sha256"]:
         raise DataError(
             "files of dataset.path changed while they were being read; wait until they are complete, "
-            f"delete {context.storage.uri}/{context.stage.name} and run again"
+            f"delete {context.storage.where(context.stage.name)} and run again"
         )
     return inventory
 

@@ -151,7 +151,7 @@ class Build:
             try:
                 check_entry(self._storage, final, entry.size, entry.sha256)
             except CorruptFileError as error:
-                raise CorruptFileError(f"{error}; delete {self._storage.uri}/{self.paths.top} and run again") from error
+                raise CorruptFileError(f"{error}; delete {self._storage.where(self.paths.top)} and run again") from error
 
     def _sweep_unvouched(self, vouched: set[str]) -> None:
         """Delete what an abandoned build of another recipe left in the artifact's directory, so that globs find only ours."""

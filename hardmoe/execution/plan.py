@@ -83,8 +83,8 @@ def check_inputs(store: ArtifactStore, plan: Plan) -> None:
             there = plan.artifacts.get(name)
             if there is not None and there.record_digest != artifact.record.inputs[role].record:
                 raise RebuiltInputError(
-                    f"{store.storage.uri}/{stage.name} stands on an earlier '{name}' (built anew since, other bytes); "
-                    f"delete {store.storage.uri}/{stage.name} and what stands on it, then run again"
+                    f"{store.storage.where(stage.name)} stands on an earlier '{name}' (built anew since, other bytes); "
+                    f"delete {store.storage.where(stage.name)} and what stands on it, then run again"
                 )
 
 
@@ -98,6 +98,6 @@ def _drift(store: ArtifactStore, plan: Plan, stage: Stage, artifact: Artifact) -
             rows.append(f"its input '{name}' was built from another recipe")
     changed = "; ".join(rows) or "its inputs differ"
     return (
-        f"{store.storage.uri}/{stage.name} was built from another recipe ({changed}); either put the recipe back, or give a new "
+        f"{store.storage.where(stage.name)} was built from another recipe ({changed}); either put the recipe back, or give a new "
         f"'root' with 'reuse: [{store.storage.uri}]', which takes over every artifact that is still the same"
     )

@@ -148,4 +148,4 @@ def load_completion(storage: Storage, path: str) -> StoredCompletion:
     Raises:
         CorruptFileError: the file is damaged.
     """
-    return parse_completion(storage.read_bytes(path), f"{storage.uri}/{path}")
+    return parse_completion(storage.read_bytes(path), storage.where(path))

@@ -203,4 +203,4 @@ def load_shared_decoder(decoder: InputArtifact) -> SharedDecoder:
         tensors = safetensors.torch.load(decoder.storage.read_bytes(path))
         return SharedDecoder.from_tensors(tensors).eval()
     except (SafetensorError, KeyError) as error:
-        raise CorruptFileError(f"{decoder.storage.uri}/{path} is damaged: {error}; delete the decoder and run again") from error
+        raise CorruptFileError(f"{decoder.storage.where(path)} is damaged: {error}; delete the decoder and run again") from error

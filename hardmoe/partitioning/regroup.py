@@ -48,7 +48,7 @@ class PartitionWork:
         assigned = yield Phase("assign", units)
         merges = [_merge_unit(split, expert, units, assigned) for split in SPLITS for expert in range(experts)]
         merged = yield Phase("merge", [unit for unit in merges if unit.arguments["rows"]])
-        _check_complete(f"{context.storage.uri}/{context.stage.name}", assigned, merged)
+        _check_complete(context.storage.where(context.stage.name), assigned, merged)
         return Finished(_summary(experts, units, assigned))
 
     def run(self, context: UnitContext) -> Json:

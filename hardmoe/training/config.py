@@ -14,10 +14,14 @@ class TrainingConfig(Config):
     """Stochastic gradient descent with momentum, a linear warm-up and a cosine to zero."""
 
     epochs: int = Field(2, ge=1)
-    """Passes over the examples; each pass sees every example exactly once."""
+    """Passes over the examples; each pass sees every example exactly once, or as often as `repeat_threshold` says."""
 
     batch_size: int = Field(256, ge=1)
     """Examples per step at most; the batches of an epoch differ by at most one example."""
+
+    repeat_threshold: float | None = Field(None, gt=0, le=1)
+    """Repeat examples of rare hashtags: a hashtag on a share f of the examples counts sqrt(threshold / f) times where that is
+    more than once, an example as often as its rarest hashtag, fractions by lot in each epoch; null repeats none."""
 
     learning_rate: float = Field(0.1, gt=0)
     """Peak learning rate for a batch of 256; it is scaled in proportion to `batch_size` (Goyal et al. 2017)."""

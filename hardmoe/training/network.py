@@ -80,7 +80,7 @@ def load_weights(network: InputArtifact) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = safetensors.torch.load(network.storage.read_bytes(path))
     except safetensors.SafetensorError as error:
-        raise CorruptFileError(f"{network.storage.uri}/{path} is damaged: {error}; delete the artifact and run again") from error
+        raise CorruptFileError(f"{network.storage.where(path)} is damaged: {error}; delete the artifact and run again") from error
     return weights
 
 

@@ -17,12 +17,16 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 
 IDENTITY = """
     dataset.source dataset.image_column dataset.tags_column dataset.id_column dataset.split_column
-    dataset.test_fraction dataset.validation_fraction dataset.icon_size dataset.shard_rows dataset.max_pixels
+    dataset.license_column dataset.test_fraction dataset.validation_fraction dataset.store dataset.store_size
+    dataset.near_duplicates dataset.near_radius dataset.near_difference dataset.max_bad_fraction
+    dataset.icon_size dataset.shard_rows dataset.max_pixels
     hashtags.min_count hashtags.max_tags
-    trunk.backbone trunk.stem trunk.image_size trunk.epochs trunk.batch_size trunk.learning_rate trunk.momentum
+    trunk.backbone trunk.stem trunk.image_size trunk.decode trunk.epochs trunk.batch_size trunk.repeat_threshold
+    trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
     partition.experts partition.method partition.transform partition.sample_size partition.max_passes partition.tolerance
-    experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.learning_rate experts.momentum
+    experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.repeat_threshold
+    experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction
     decoder.epochs decoder.align decoder.dim decoder.batch_size decoder.learning_rate decoder.weight_decay
     evaluation.dense_baseline evaluation.random_partition evaluation.bootstrap_replicates evaluation.map_replicates
@@ -32,8 +36,9 @@ IDENTITY = """
 
 OPERATIONAL = """
     root reuse
-    dataset.path
-    hashtags.aliases
+    dataset.path dataset.image_root dataset.tags_path
+    hashtags.aliases hashtags.allow hashtags.deny
+    features.path features.num_threads
     trunk.gpus trunk.num_threads trunk.checkpoint_every_steps
     experts.gpus experts.num_threads experts.checkpoint_every_steps
     decoder.num_threads decoder.checkpoint_every_steps

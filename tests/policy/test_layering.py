@@ -29,7 +29,7 @@ HOMES = {
     "ray": ("execution/ray/", "serving/ray_app.py"),
     "faiss": ("neighbours/",),
     "click": ("cli/",),
-    "boto3": ("storage.py",),
+    "boto3": ("storage/",),
 }
 NEVER = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 """What executes code, or ties a file to a module's name, when it is read."""

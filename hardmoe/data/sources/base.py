@@ -6,9 +6,9 @@ cannot be used is yielded with a reason, not raised and not skipped: bad rows ar
 Rejected: one iterator over everything, which can be neither divided nor resumed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
@@ -21,11 +21,13 @@ class SourceFile:
     name: str
     """Relative to the source and unique in it; stays the same when the data are moved."""
     path: str
-    """Where to read it here and now."""
+    """Where to read it here and now: a local path or a URI."""
     size: int
     """In bytes."""
-    mtime_ns: int
-    """Time of the last modification; with `size` the key under which a content digest may be cached."""
+    version: str
+    """Changes when the content does (time of modification, ETag); with `size` the key under which a digest may be cached."""
+    digest: str | None = None
+    """What an object store says of the content (`etag:…`); None where it has to be read."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,18 @@ class SourceShard:
     """Stable and safe as a file name, such as `mdi6` or `00003-of-00016`."""
     items: Mapping[str, Json]
     """Whatever the source needs to read the shard on another machine."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the encoded bytes of an image can be read again; moves with the source, since it names no absolute place."""
+
+    file: str
+    """A `SourceFile.name`; or a path or URI out of `image_column`, exactly as it stands there."""
+    offset: int
+    """First byte in the file; or, where `length` is None, the number of the row in it."""
+    length: int | None
+    """Number of bytes; None for a row of a table."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,10 @@ class RawExample:
     """The user's own name of the example, where `dataset.id_column` says so."""
     split: str | None = None
     """`train`, `validation` or `test`, where `dataset.split_column` says so."""
+    license: str | None = None
+    """The image's licence, where the source knows it."""
+    location: Location | None = None
+    """Where `fetch` finds these bytes again; None if the source cannot say."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +99,15 @@ class Source(Protocol):
 
     def read(self, shard: SourceShard) -> Iterator[RawExample | BadExample]:
         """The rows of one shard, in a stable order."""
+
+
+@runtime_checkable
+class ReferableSource(Source, Protocol):
+    """A source that can read single images again, so that a dataset need not hold copies of them."""
+
+    def fetch(self, locations: Sequence[Location]) -> Iterator[bytes]:
+        """The encoded bytes at these locations, in this order; cheapest where they are sorted by file and offset.
+
+        Raises:
+            DataError: a file is gone or was altered so that it cannot be read.
+        """

@@ -131,7 +131,7 @@ class IconsSource:
         """The fonts and charmaps that are read."""
         names = sorted(name for font in self._fonts for name in (font.font_file, font.charmap_file))
         stats = [(name, (self._folder / name).stat()) for name in names]
-        return [SourceFile(name, str(self._folder / name), stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return [SourceFile(name, str(self._folder / name), stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
 
     def shards(self) -> list[SourceShard]:
         """One shard per font, named by qtawesome's prefix."""

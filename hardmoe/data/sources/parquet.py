@@ -132,7 +132,7 @@ class ParquetSource:
             DataError: no path, or a path that matches nothing.
         """
         stats = [(name, path, path.stat()) for name, path in self._paths.items()]
-        return [SourceFile(name, str(path), stat.st_size, stat.st_mtime_ns) for name, path, stat in stats]
+        return [SourceFile(name, str(path), stat.st_size, str(stat.st_mtime_ns)) for name, path, stat in stats]
 
     def shards(self) -> list[SourceShard]:
         """Ranges of row groups, numbered over all files.

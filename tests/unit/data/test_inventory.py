@@ -12,7 +12,7 @@ from hardmoe.storage import open_storage
 
 
 def listed(*paths: Path) -> list[SourceFile]:
-    return [SourceFile(path.name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return [SourceFile(path.name, str(path), path.stat().st_size, str(path.stat().st_mtime_ns)) for path in paths]
 
 
 def files(folder: Path, **contents: str) -> list[Path]:

@@ -1,10 +1,4 @@
-"""A run's root, wherever it is: bytes in, bytes out, and the two conditional writes that make concurrency safe.
-
-Everything in a run is named by a '/'-separated path relative to the root, so that a root on another kind of storage is a
-matter of the URI. Every write is atomic (readers see the old file or the whole new one) and `create`/`replace` are
-compare-and-swap, which is all that leases, completions and records need. Rejected: `fsspec`, whose local and object
-stores differ in exactly these two points, and file locks held for long, which die differently on every network mount.
-"""
+"""Files under a local directory, or on any mount with POSIX rename, link and flock."""
 
 import contextlib
 import errno
@@ -16,70 +10,15 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import BinaryIO, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import BinaryIO
 
-from hardmoe.errors import CorruptFileError, StorageError
+from hardmoe.errors import StorageError
+from hardmoe.storage.base import Entry, join
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".tmp-lock"
 _ABANDONED_SECONDS = 3600.0
 """A temporary file that nobody has written to for so long is no write in progress."""
-
-
-class OutputFile(Protocol):
-    """A file being written; it appears under its name, whole, when the block that opened it ends well."""
-
-    size: int
-
-    def write(self, data: bytes, /) -> int:
-        """Append bytes."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal digest of what was written so far."""
-        ...
-
-
-class Storage(Protocol):
-    """One place for files; see `LocalStorage` for the meaning of each method. Paths are relative to `uri`."""
-
-    uri: str
-
-    def read_bytes(self, path: str) -> bytes: ...  # noqa: D102
-    def open_input(self, path: str) -> BinaryIO: ...  # noqa: D102
-    def write_bytes(self, path: str, data: bytes) -> None: ...  # noqa: D102
-    def open_output(self, path: str) -> contextlib.AbstractContextManager[OutputFile]: ...  # noqa: D102
-    def create(self, path: str, data: bytes) -> bool: ...  # noqa: D102
-    def replace(self, path: str, expected: bytes, data: bytes | None) -> bool: ...  # noqa: D102
-    def exists(self, path: str) -> bool: ...  # noqa: D102
-    def size(self, path: str) -> int: ...  # noqa: D102
-    def list(self, prefix: str) -> list[str]: ...  # noqa: D102
-    def move(self, source: str, target: str) -> None: ...  # noqa: D102
-    def delete_tree(self, path: str) -> None: ...  # noqa: D102
-    def sweep(self, prefix: str) -> None: ...  # noqa: D102
-
-
-def open_storage(uri: str) -> Storage:
-    """Open a root given as a path or a `file://` URI.
-
-    Raises:
-        StorageError: the URI is empty, or its scheme is not one that hardmoe can use.
-    """
-    if not uri.strip():
-        raise StorageError("the root is empty; give a directory, such as runs/photos")
-    parts = urlsplit(uri)
-    if not parts.scheme:
-        return LocalStorage(Path(uri).expanduser())
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return LocalStorage(Path(unquote(parts.path)))
-    raise StorageError(f"cannot use the root '{uri}': '{parts.scheme}://{parts.netloc}' is not supported; give a local path")
-
-
-def join(*parts: str) -> str:
-    """Join storage paths; empty parts vanish."""
-    return "/".join(part.strip("/") for part in parts if part.strip("/"))
 
 
 class LocalStorage:
@@ -89,6 +28,14 @@ class LocalStorage:
         self.directory = directory.absolute()
         self.uri = str(self.directory)
 
+    def where(self, path: str = "") -> str:
+        """A file's place, or the root's, for people to read."""
+        return f"{self.uri}/{path}" if path else self.uri
+
+    def child_uri(self, path: str) -> str:
+        """The URI of a directory below, with the same options."""
+        return f"{self.uri}/{path}" if path else self.uri
+
     def local_path(self, path: str) -> Path:
         """The file's place on this machine.
 
@@ -97,7 +44,7 @@ class LocalStorage:
         """
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
-            raise StorageError(f"the path '{path}' would leave the root {self.uri}; paths must be relative and without '..'")
+            raise StorageError(f"the path '{path}' would leave the root {self.where()}; paths must be relative and without '..'")
         return self.directory / pure
 
     def read_bytes(self, path: str) -> bytes:
@@ -159,6 +106,15 @@ class LocalStorage:
         """Bytes of the file. A missing file raises StorageError."""
         with _translated("read", self.local_path(path)):
             return self.local_path(path).stat().st_size
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """What `list` names, with sizes and versions, sorted by path; files that vanish meanwhile are left out."""
+        found = []
+        for path in self.list(prefix):
+            with _translated("list", self.local_path(join(prefix, path))), contextlib.suppress(FileNotFoundError):
+                stat = (self.local_path(prefix) / path).stat()
+                found.append(Entry(path, stat.st_size, str(stat.st_mtime_ns)))
+        return found
 
     def list(self, prefix: str) -> list[str]:
         """Sorted paths, relative to the prefix, of all files below it; unfinished writes are left out."""
@@ -331,15 +287,6 @@ class HashedFile:
                 self._file.close()
 
 
-def sha256_of(storage: Storage, path: str, chunk_bytes: int = 1 << 20) -> str:
-    """Hexadecimal SHA-256 of a stored file, read in pieces."""
-    digest = hashlib.sha256()
-    with storage.open_input(path) as source:
-        while chunk := source.read(chunk_bytes):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def _translated(verb: str, path: Path) -> Iterator[None]:
     """Turn the system's errors into one sentence with the remedy."""
@@ -364,17 +311,3 @@ def _explained(verb: str, path: Path, error: OSError) -> StorageError:
             f"cannot {verb} {path}: {error.strerror}; choose a root that is writable (recipe key 'root' or --root)"
         )
     return StorageError(f"cannot {verb} {path}: {error.strerror or error}")
-
-
-def check_entry(storage: Storage, path: str, size: int, sha256: str | None = None) -> None:
-    """Compare a file with what a record says of it.
-
-    Raises:
-        CorruptFileError: the file is missing, or has another size or (when given) digest.
-    """
-    if not storage.exists(path):
-        raise CorruptFileError(f"{storage.uri}/{path} is missing although a record vouches for it")
-    if (found := storage.size(path)) != size:
-        raise CorruptFileError(f"{storage.uri}/{path} has {found} bytes where its record says {size}")
-    if sha256 is not None and sha256_of(storage, path) != sha256:
-        raise CorruptFileError(f"{storage.uri}/{path} has other content than its record says (SHA-256 differs)")

@@ -1,0 +1,95 @@
+"""A run's root, wherever it is: bytes in, bytes out, and the two conditional writes that make concurrency safe.
+
+Everything in a run is named by a '/'-separated path relative to the root, so that a root on another kind of storage is a
+matter of the URI. Every write is atomic (readers see the old file or the whole new one) and `create`/`replace` are
+compare-and-swap, which is all that leases, completions and records need. Collections are read through the same protocol.
+Rejected: `fsspec`, whose local and object stores differ in exactly these two points, and file locks held for long, which
+die differently on every network mount.
+"""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from hardmoe.errors import CorruptFileError
+
+
+class OutputFile(Protocol):
+    """A file being written; it appears under its name, whole, when the block that opened it ends well."""
+
+    size: int
+
+    def write(self, data: bytes, /) -> int:
+        """Append bytes."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of what was written so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as a listing shows it."""
+
+    path: str
+    """Relative to the prefix that was listed."""
+    size: int
+    """In bytes."""
+    version: str
+    """Changes whenever the content is replaced: the time of modification, or an object's ETag or generation."""
+    digest: str | None = None
+    """What the store itself knows of the content (an object's ETag or checksum); None where it would have to be read."""
+
+
+class Storage(Protocol):
+    """One place for files; see `LocalStorage` for the meaning of each method. Paths are relative to `uri`."""
+
+    uri: str
+    """Opens the same place again, on any machine; may carry options (`s3://bucket/run?region=eu-west-1`), never credentials."""
+
+    def where(self, path: str = "") -> str: ...  # noqa: D102
+    def child_uri(self, path: str) -> str: ...  # noqa: D102
+    def read_bytes(self, path: str) -> bytes: ...  # noqa: D102
+    def open_input(self, path: str) -> BinaryIO: ...  # noqa: D102
+    def write_bytes(self, path: str, data: bytes) -> None: ...  # noqa: D102
+    def open_output(self, path: str) -> contextlib.AbstractContextManager[OutputFile]: ...  # noqa: D102
+    def create(self, path: str, data: bytes) -> bool: ...  # noqa: D102
+    def replace(self, path: str, expected: bytes, data: bytes | None) -> bool: ...  # noqa: D102
+    def exists(self, path: str) -> bool: ...  # noqa: D102
+    def size(self, path: str) -> int: ...  # noqa: D102
+    def entries(self, prefix: str) -> list[Entry]: ...  # noqa: D102
+    def list(self, prefix: str) -> list[str]: ...  # noqa: D102
+    def move(self, source: str, target: str) -> None: ...  # noqa: D102
+    def delete_tree(self, path: str) -> None: ...  # noqa: D102
+    def sweep(self, prefix: str) -> None: ...  # noqa: D102
+
+
+def join(*parts: str) -> str:
+    """Join storage paths; empty parts vanish."""
+    return "/".join(part.strip("/") for part in parts if part.strip("/"))
+
+
+def sha256_of(storage: Storage, path: str, chunk_bytes: int = 1 << 20) -> str:
+    """Hexadecimal SHA-256 of a stored file, read in pieces."""
+    digest = hashlib.sha256()
+    with storage.open_input(path) as source:
+        while chunk := source.read(chunk_bytes):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_entry(storage: Storage, path: str, size: int, sha256: str | None = None) -> None:
+    """Compare a file with what a record says of it.
+
+    Raises:
+        CorruptFileError: the file is missing, or has another size or (when given) digest.
+    """
+    if not storage.exists(path):
+        raise CorruptFileError(f"{storage.where(path)} is missing although a record vouches for it")
+    if (found := storage.size(path)) != size:
+        raise CorruptFileError(f"{storage.where(path)} has {found} bytes where its record says {size}")
+    if sha256 is not None and sha256_of(storage, path) != sha256:
+        raise CorruptFileError(f"{storage.where(path)} has other content than its record says (SHA-256 differs)")
