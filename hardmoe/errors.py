@@ -4,6 +4,7 @@
     ├── RecipeError              the recipe is missing, malformed or impossible
     ├── DataError                the user's data cannot be used (path, column, tags, sizes)
     ├── StorageError             a place cannot be read or written (missing, read-only, full)
+    │   └── MissingFileError     there is no such file
     ├── ArtifactError            an artifact in the root is not what its record says
     │   ├── MissingRecordError   no record: the artifact does not exist (yet)
     │   ├── CorruptFileError     a file is truncated, altered or unreadable
@@ -36,6 +37,10 @@ class DataError(HardmoeError):
 
 class StorageError(HardmoeError):
     """A path or URI cannot be read or written."""
+
+
+class MissingFileError(StorageError):
+    """There is no such file."""
 
 
 class ArtifactError(HardmoeError):

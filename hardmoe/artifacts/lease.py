@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from hardmoe.errors import LeaseError, StorageError
-from hardmoe.storage import Storage, join
+from hardmoe.storage import Storage, join, read_if_there
 
 LEASE_NAME = "_progress/lease.json"
 TIME_TO_LIVE_SECONDS = 60.0
@@ -150,7 +150,7 @@ class Lease:
             LeaseError: another process took it over.
         """
         with self._lock:
-            if not self._lost and _read(self._storage, self._path) == self._content:
+            if not self._lost and read_if_there(self._storage, self._path) == self._content:
                 return
         raise LeaseError(
             f"{self._storage.where(self._path)} was taken over by another process while this one was silent; "
@@ -197,7 +197,7 @@ class LeaseObserver:
         path = join(artifact, LEASE_NAME)
         mine = _Content(secrets.token_hex(16), 0, this_process()).to_bytes()
         while True:
-            theirs = _read(self._storage, path)
+            theirs = read_if_there(self._storage, path)
             if theirs is None:
                 taken = self._storage.create(path, mine)
             else:
@@ -222,19 +222,8 @@ class LeaseObserver:
 
 def lease_holder(storage: Storage, artifact: str) -> Holder | None:
     """Who holds an artifact's lease, for display; None if nobody does or the holder is known to be dead."""
-    data = _read(storage, join(artifact, LEASE_NAME))
+    data = read_if_there(storage, join(artifact, LEASE_NAME))
     if data is None:
         return None
     content = _parse(data)
     return content.holder if content is not None and not is_dead(content.holder) else None
-
-
-def _read(storage: Storage, path: str) -> bytes | None:
-    """The lease file, or None if there is none."""
-    if not storage.exists(path):
-        return None
-    try:
-        return storage.read_bytes(path)
-    except StorageError:
-        # Given back between the two calls, and perhaps taken again since; a mount that cannot be read fails here as well.
-        return storage.read_bytes(path) if storage.exists(path) else None

@@ -7,7 +7,7 @@ from functools import cached_property
 from hardmoe.artifacts.record import PROVENANCE_NAME, RECORD_NAME, InputReference, Record, parse_record
 from hardmoe.config import Json
 from hardmoe.errors import MissingRecordError, StorageError
-from hardmoe.storage import Storage, check_entry, join, open_storage
+from hardmoe.storage import Storage, check_entry, join, open_storage, read_if_there
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,8 @@ class ArtifactStore:
             CorruptFileError: its record cannot be read.
         """
         path = join(name, RECORD_NAME)
-        if not self.storage.exists(path):
-            return None
-        record = parse_record(self.storage.read_bytes(path), self.storage.where(path))
-        return Artifact(name, record, self.storage)
+        data = read_if_there(self.storage, path)
+        return None if data is None else Artifact(name, parse_record(data, self.storage.where(path)), self.storage)
 
     def get(self, name: str) -> Artifact:
         """The artifact.

@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
-from hardmoe.errors import CorruptFileError
+from hardmoe.errors import CorruptFileError, MissingFileError, StorageError
 
 
 class OutputFile(Protocol):
@@ -70,6 +70,19 @@ class Storage(Protocol):
 def join(*parts: str) -> str:
     """Join storage paths; empty parts vanish."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))
+
+
+def read_if_there(storage: Storage, path: str) -> bytes | None:
+    """The whole file, or None if there is none; one look, since a lease may come and go between two."""
+    try:
+        return storage.read_bytes(path)
+    except MissingFileError:
+        return None
+    except StorageError:
+        # Something that is no file has the name, or the file cannot be read.
+        if storage.exists(path):
+            raise
+        return None
 
 
 def sha256_of(storage: Storage, path: str, chunk_bytes: int = 1 << 20) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO
 
-from hardmoe.errors import StorageError
+from hardmoe.errors import MissingFileError, StorageError
 from hardmoe.storage.base import Entry, join
 
 _TEMPORARY = ".tmp-"
@@ -48,7 +48,7 @@ class LocalStorage:
         return self.directory / pure
 
     def read_bytes(self, path: str) -> bytes:
-        """The whole file. A missing file raises StorageError."""
+        """The whole file. A missing file raises MissingFileError."""
         with _translated("read", self.local_path(path)):
             return self.local_path(path).read_bytes()
 
@@ -103,7 +103,7 @@ class LocalStorage:
             return self.local_path(path).is_file()
 
     def size(self, path: str) -> int:
-        """Bytes of the file. A missing file raises StorageError."""
+        """Bytes of the file. A missing file raises MissingFileError."""
         with _translated("read", self.local_path(path)):
             return self.local_path(path).stat().st_size
 
@@ -293,7 +293,7 @@ def _translated(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise StorageError(f"cannot {verb} {path}: there is no such file") from error
+        raise MissingFileError(f"cannot {verb} {path}: there is no such file") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise StorageError(
             f"cannot {verb} {path}: something else stands in its place ({error.strerror}); move it away, or choose another root"

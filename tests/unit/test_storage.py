@@ -210,7 +210,10 @@ def test_directory_that_cannot_be_listed_is_an_error_and_not_empty(
     [
         ("", "the root is empty; give a directory"),
         ("  ", "the root is empty"),
-        ("s3://bucket/run", r"cannot use the root 's3://bucket/run': 's3://bucket' is not supported; give a local path"),
+        (
+            "http://host/run",
+            r"cannot use the root 'http://host/run': 'http://host' is not supported; give a local path, or s3://",
+        ),
         ("file://elsewhere/run", r"'file://elsewhere' is not supported"),
     ],
 )
