@@ -45,7 +45,7 @@ class Location:
     """Where the encoded bytes of an image can be read again; moves with the source, since it names no absolute place."""
 
     file: str
-    """A `SourceFile.name`; or a path or URI out of `image_column`, exactly as it stands there."""
+    """A `SourceFile.name`; or where an image lies below `image_root` or the tables' common folder."""
     offset: int
     """First byte in the file; or, where `length` is None, the number of the row in it."""
     length: int | None

@@ -1,17 +1,19 @@
-"""Parquet files of encoded images and hashtags, as data lakes and Hugging Face's datasets hold them.
+"""Parquet files of images and hashtags, as data lakes and Hugging Face's datasets hold them.
 
 A shard is a range of row groups of one file, about `dataset.shard_rows` rows: a row group is the smallest piece that can
 be read without reading its neighbours, so a larger one is not divided. Only footers are read to list the shards, and
 every file's columns are checked then, so a wrong column stops the run before any work. Encoded bytes pass through
-unchanged. Rejected: `pyarrow.dataset`, which unifies schemas silently and hides which file and row a value came from.
+unchanged; a column of paths or URIs is followed, in parallel, below `dataset.image_root`. Columns are read through bounded
+buffers, so a row group of any size passes through a few batches of memory. Rejected: `pyarrow.dataset`, which unifies
+schemas silently and hides which file and row a value came from.
 """
 
-import glob
-import os
-from collections.abc import Iterator
-from difflib import get_close_matches
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import cached_property
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -19,51 +21,36 @@ import pyarrow.parquet as pq
 
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
-from hardmoe.data.hashtags import split_tags
-from hardmoe.data.sources.base import BadExample, RawExample, SourceFile, SourceShard
-from hardmoe.errors import DataError
+from hardmoe.data.sources.base import BadExample, Location, RawExample, SourceFile, SourceShard
+from hardmoe.data.sources.fetching import ImageFolder
+from hardmoe.data.sources.fields import UnusableRowError, make_example, missing_column
+from hardmoe.data.sources.files import InputFile, Inputs, Storages, find_inputs
+from hardmoe.errors import DataError, StorageError
+from hardmoe.storage import Storage
 
-_SPLITS = ("train", "validation", "test")
 _BATCH_ROWS = 256
+_BATCH_BYTES = 64 * 2**20
+_BUFFER_BYTES = 4 * 2**20
+"""What is read of a column at a time; without it pyarrow reads a row group's whole column at once."""
+_THREADS = 8
 
 
-def _expand(pattern: str) -> list[Path]:
-    """The files that one entry of `dataset.path` names."""
-    if "://" in pattern:
-        raise DataError(f"dataset.path {pattern!r} is a URI and the source 'parquet' reads local files; copy or mount it here")
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        raise DataError(f"dataset.path {pattern!r} is a folder; give a pattern such as {pattern.rstrip('/') + '/*.parquet'!r}")
-    if path.exists():
-        return [path]
-    # pathlib's glob takes no absolute pattern and returns hidden files, such as a half-finished download.
-    found = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-    if files := [match for match in found if match.is_file()]:
-        return files
-    here = "" if path.is_absolute() else f" (looked from {Path.cwd()})"
-    raise DataError(f"dataset.path {pattern!r} matches no file{here}; correct the path")
-
-
-def _find_files(config: DatasetConfig) -> dict[str, Path]:
-    """Name relative to the files' common folder to path, sorted, each file once."""
-    patterns = [config.path] if isinstance(config.path, str) else config.path or []
-    if not patterns:
-        raise DataError("the source 'parquet' needs dataset.path; give a file, a pattern such as photos/*.parquet, or a list")
-    by_place = {path.absolute(): path for pattern in patterns for path in _expand(pattern)}
-    folder = os.path.commonpath([place.parent for place in by_place])
-    return dict(sorted((place.relative_to(folder).as_posix(), path) for place, path in by_place.items()))
-
-
-def _open(path: str) -> pq.ParquetFile:
+@contextmanager
+def _opened(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
+    where = storage.where(path)
     try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        reason = _reason(error)
-        raise DataError(f"{path} is not a Parquet file ({reason}); correct dataset.path or write the file again") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is not there any more; put it back, or correct dataset.path") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({_reason(error)}); correct dataset.path") from error
+        source = storage.open_input(path)
+    except StorageError as error:
+        raise DataError(f"{error}; put the file back, make it readable, or correct dataset.path") from error
+    with closing(source):
+        try:
+            file = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES)
+        except pa.ArrowInvalid as error:
+            reason = _reason(error)
+            raise DataError(f"{where} is not a Parquet file ({reason}); correct dataset.path or write the file again") from error
+        except OSError as error:
+            raise DataError(f"{where} cannot be read ({_reason(error)}); correct dataset.path") from error
+        yield file
 
 
 def _reason(error: Exception) -> str:
@@ -90,7 +77,7 @@ def _is_binary(type_: pa.DataType) -> bool:
 def _is_image(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
         return type_.get_field_index("bytes") >= 0 and _is_binary(type_.field("bytes").type)
-    return _is_binary(type_)
+    return _is_binary(type_) or _is_string(type_)
 
 
 def _is_tags(type_: pa.DataType) -> bool:
@@ -104,11 +91,16 @@ def _is_key(type_: pa.DataType) -> bool:
     return _is_string(type_) or _is_binary(type_) or pa.types.is_integer(type_)
 
 
+def _is_license(type_: pa.DataType) -> bool:
+    return bool(_is_string(type_) or pa.types.is_integer(type_) or pa.types.is_null(type_))
+
+
 _EXPECTED = {
-    "image_column": (_is_image, "encoded images: binary, or a struct with a binary field 'bytes'"),
+    "image_column": (_is_image, "images: binary, a struct with a binary field 'bytes', or strings that are paths or URIs"),
     "tags_column": (_is_tags, "hashtags: list<string>, or one string to be split"),
     "id_column": (_is_key, "names: string, integer or binary"),
     "split_column": (_is_string, "strings: train, validation or test"),
+    "license_column": (_is_license, "licences: string or integer"),
 }
 
 
@@ -122,17 +114,16 @@ class ParquetSource:
         self._columns: dict[str, str] = {key: column for key, column in chosen.items() if column is not None}
 
     @cached_property
-    def _paths(self) -> dict[str, Path]:
-        return _find_files(self._config)
+    def _inputs(self) -> Inputs:
+        return find_inputs(self._config.path, "parquet", "photos/*.parquet")
 
     def files(self) -> list[SourceFile]:
-        """The Parquet files, named relative to their common folder.
+        """The Parquet files, named relative to their common folder; images that they only name are not among them.
 
         Raises:
             DataError: no path, or a path that matches nothing.
         """
-        stats = [(name, path, path.stat()) for name, path in self._paths.items()]
-        return [SourceFile(name, str(path), stat.st_size, str(stat.st_mtime_ns)) for name, path, stat in stats]
+        return self._inputs.source_files()
 
     def shards(self) -> list[SourceShard]:
         """Ranges of row groups, numbered over all files.
@@ -140,88 +131,184 @@ class ParquetSource:
         Raises:
             DataError: a file is not Parquet, lacks a column or has one of another type, or there are no rows at all.
         """
-        items = [item for name, path in self._paths.items() for item in self._ranges(name, str(path))]
+        storages = Storages()
+        files = [(name, file, storages[file.root]) for name, file in self._inputs.files.items()]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            items = [item for ranges in pool.map(lambda file: self._ranges(*file), files) for item in ranges]
         if not items:
             raise DataError(f"the Parquet files of dataset.path {self._config.path!r} have no rows; correct the path")
         return [SourceShard(f"{number:05d}-of-{len(items):05d}", item) for number, item in enumerate(items)]
 
-    def _ranges(self, name: str, path: str) -> Iterator[dict[str, Json]]:
+    def _ranges(self, name: str, file: InputFile, storage: Storage) -> list[dict[str, Json]]:
         """Consecutive row groups of one file, as many as stay within `shard_rows` but at least one."""
-        with _open(path) as file:
-            self._check_columns(file.schema_arrow, path)
-            group_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        with _opened(storage, file.path) as opened:
+            self._check_columns(opened.schema_arrow, storage.where(file.path))
+            group_rows = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+        ranges: list[dict[str, Json]] = []
         start, rows, first_row = 0, 0, 0
         for group, num_rows in enumerate([*group_rows, 0]):
             is_end = group == len(group_rows)
             if rows and (is_end or rows + num_rows > self._config.shard_rows):
                 groups = {"row_groups": [start, group], "first_row": first_row, "num_rows": rows}
-                yield {"name": name, "path": path, **groups}
+                ranges.append({"name": name, "root": file.root, "path": file.path, **groups})
                 start, rows, first_row = group, 0, first_row + rows
             rows += num_rows
+        return ranges
 
-    def _check_columns(self, schema: pa.Schema, path: str) -> None:
+    def _check_columns(self, schema: pa.Schema, where: str) -> None:
         for key, column in self._columns.items():
             fits, expected = _EXPECTED[key]
             if column not in schema.names:
-                nearest = get_close_matches(column, schema.names, n=1)
-                suggestion = f", perhaps to {nearest[0]!r}" if nearest else ""
-                raise DataError(f"{path} has no column {column!r}, only {', '.join(schema.names)}; set dataset.{key}{suggestion}")
+                raise missing_column(where, key, column, schema.names)
             if schema.names.count(column) > 1:
-                raise DataError(f"{path} has more than one column {column!r}; rename them or set dataset.{key}")
+                raise DataError(f"{where} has more than one column {column!r}; rename them or set dataset.{key}")
             if not fits(found := schema.field(column).type):
-                raise DataError(f"{path}: column {column!r} is {found}, not {expected}; set dataset.{key} or convert it")
+                raise DataError(f"{where}: column {column!r} is {found}, not {expected}; set dataset.{key} or convert it")
 
     def read(self, shard: SourceShard) -> Iterator[RawExample | BadExample]:
         """The rows of one shard, in the file's order.
 
         Raises:
             DataError: the file changed so that it cannot be read, or a split is none of train, validation and test.
+            StorageError: the images lie in an object store that cannot be read.
         """
-        path = shard.items["path"]
-        start, end = shard.items["row_groups"]
-        row = shard.items["first_row"]
-        with _open(path) as file:
-            self._check_columns(file.schema_arrow, path)
-            columns = sorted(set(self._columns.values()))
-            try:
-                for batch in file.iter_batches(_BATCH_ROWS, row_groups=range(start, end), columns=columns):
-                    yield from self._examples(batch, shard.items["name"], row)
-                    row += batch.num_rows
-            except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-                where = f"{path} is damaged at row {row} or soon after"
-                raise DataError(f"{where} ({_reason(error)}); write the file again") from error
-
-    def _examples(self, batch: pa.RecordBatch, name: str, first_row: int) -> Iterator[RawExample | BadExample]:
-        nothing: list[Any] = [None] * batch.num_rows
-        images, tags, keys, splits = (
-            batch.column(self._columns[key]).to_pylist() if key in self._columns else nothing for key in _EXPECTED
-        )
-        for offset in range(batch.num_rows):
-            # By the file's name within the source and not by its path: moved data must give the same tables.
-            uri = f"{name}#row={first_row + offset}"
-            image = images[offset]["bytes"] if isinstance(images[offset], dict) else images[offset]
-            if image is None:
-                yield BadExample(uri, "null image")
-            elif "id_column" in self._columns and keys[offset] is None:
-                yield BadExample(uri, f"null in the id column {self._columns['id_column']!r}")
+        name, first_row = shard.items["name"], shard.items["first_row"]
+        columns = sorted(set(self._columns.values()))
+        with _opened(Storages()[shard.items["root"]], shard.items["path"]) as file:
+            where = f"{shard.items['root']}/{shard.items['path']}".partition("?")[0]
+            self._check_columns(file.schema_arrow, where)
+            rows = _rows(file, range(*shard.items["row_groups"]), columns, (where, first_row))
+            if _is_string(file.schema_arrow.field(self._config.image_column).type):
+                yield from self._followed(rows, shard)
             else:
-                yield RawExample(image, _tags(tags[offset]), uri, _key(keys[offset]), self._split(splits[offset], uri))
+                for row, values in rows:
+                    image = _encoded(values[self._config.image_column])
+                    # By the file's name within the source and not by its path: moved data must give the same tables.
+                    yield make_example(self._config, image, values, f"{name}#row={row}", Location(name, row, None))
 
-    def _split(self, value: str | None, uri: str) -> str | None:
-        column = self._columns.get("split_column")
-        if column is not None and value not in _SPLITS:
-            found = "null" if value is None else repr(value)
-            raise DataError(f"{uri}: split {found} in column {column!r} is none of {', '.join(_SPLITS)}; correct the data")
-        return value
+    def _followed(self, rows: Iterator[tuple[int, Mapping[str, Any]]], shard: SourceShard) -> Iterator[RawExample | BadExample]:
+        """Rows whose images are files of their own."""
+        name, path, column = shard.items["name"], shard.items["path"], self._config.image_column
+        # Without `image_root` paths are relative to the table that names them, and locations to all tables' common folder.
+        # Tables in several buckets have none, and the name of such a table is not its path.
+        inside = "" if self._config.image_root is not None else path.rpartition("/")[0]
+        is_found_again = self._config.image_root is not None or name == path
+        folder = self._folder(shard.items["root"])
+        for (row, values), found in folder.read_all(rows, lambda item: _below(inside, item[1][column])):
+            uri = f"{name}#row={row}"
+            if isinstance(found, UnusableRowError):
+                yield BadExample(uri, str(found))
+            else:
+                location = Location(_below(inside, values[column]) or "", 0, len(found)) if is_found_again else None
+                yield make_example(self._config, found, values, uri, location)
+
+    def _folder(self, root: str) -> ImageFolder:
+        return ImageFolder(self._config.image_root or root, "dataset.image_root")
+
+    def fetch(self, locations: Sequence[Location]) -> Iterator[bytes]:
+        """Images again, each row group's column read once where the locations are sorted; see `ReferableSource`.
+
+        Raises:
+            DataError: a file is gone or was altered.
+        """
+        if any(location.length is not None for location in locations):
+            yield from self._fetch_files(locations)
+        else:
+            yield from self._fetch_rows(locations)
+
+    def _fetch_files(self, locations: Sequence[Location]) -> Iterator[bytes]:
+        folder = self._folder(self._config.image_root or self._inputs.folder or "")
+        for location, found in folder.read_all(locations, lambda location: location.file):
+            if isinstance(found, UnusableRowError):
+                raise DataError(f"{location.file} cannot be read again ({found}); put it back, or run again")
+            if len(found) != location.length:
+                raise DataError(f"{location.file} was replaced since it was listed; put it back as it was, or run again")
+            yield found
+
+    def _fetch_rows(self, locations: Sequence[Location]) -> Iterator[bytes]:
+        storages = Storages()
+        start = 0
+        while start < len(locations):
+            name = locations[start].file
+            end = next((i for i in range(start, len(locations)) if locations[i].file != name), len(locations))
+            file = self._inputs.files.get(name)
+            if file is None:
+                raise DataError(f"{name} is not among the files of dataset.path {self._config.path!r} any more; put it back")
+            with _opened(storages[file.root], file.path) as opened:
+                where = storages[file.root].where(file.path)
+                yield from _images_at(opened, self._config.image_column, [at.offset for at in locations[start:end]], where)
+            start = end
 
 
-def _tags(value: str | list[str | None] | None) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    return tuple(split_tags(value)) if isinstance(value, str) else tuple(tag for tag in value if tag is not None)
+def _encoded(value: Any) -> bytes | None:
+    image: bytes | None = value["bytes"] if isinstance(value, dict) else value
+    return image
 
 
-def _key(value: str | int | bytes | None) -> str | None:
-    if value is None:
-        return None
-    return value.hex() if isinstance(value, bytes) else str(value)
+def _below(folder: str, named: str | None) -> str | None:
+    if named is None or not folder or named.startswith("/") or "://" in named:
+        return named
+    return f"{folder}/{named}"
+
+
+def _rows(
+    file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str], place: tuple[str, int]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and values of every row of some row groups; arguments and errors are those of `_batches`."""
+    for first, batch in _batches(file, groups, columns, place):
+        lists = [batch.column(column).to_pylist() for column in columns]
+        for row, values in enumerate(zip(*lists, strict=True), first):
+            yield row, dict(zip(columns, values, strict=True))
+
+
+def _batches(
+    file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str], place: tuple[str, int]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Number of the first row and values of every batch of some row groups, in bounded memory.
+
+    Args:
+        file: the open file.
+        groups: numbers of the row groups.
+        columns: which to read.
+        place: where the file is, for messages, and the number of the first row.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    where, row = place
+    try:
+        for batch in file.iter_batches(_batch_rows(file, groups), row_groups=groups, columns=columns):
+            yield row, batch
+            row += batch.num_rows
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{where} is damaged at row {row} or soon after ({_reason(error)}); write the file again") from error
+
+
+def _batch_rows(file: pq.ParquetFile, groups: Sequence[int]) -> int:
+    """So many rows as hold about `_BATCH_BYTES`: 256 photographs of 8 MB would be 2 GB."""
+    metadata = [file.metadata.row_group(group) for group in groups]
+    rows: int = sum(group.num_rows for group in metadata)
+    size: int = sum(group.total_byte_size for group in metadata)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, size)))
+
+
+def _images_at(file: pq.ParquetFile, column: str, wanted: Sequence[int], where: str) -> Iterator[bytes]:
+    """Images by number of row; a row before its predecessor's batch begins its row group again."""
+    group_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    ends = list(accumulate(group_rows))
+    group, first, images = -1, 0, pa.array([])
+    batches: Iterator[tuple[int, pa.RecordBatch]] = iter(())
+    for row in wanted:
+        if not 0 <= row < file.metadata.num_rows:
+            raise DataError(f"{where} has no row {row} any more; put the file back as it was, or run again")
+        if group < 0 or row < first or row >= ends[group]:
+            group = bisect_right(ends, row)
+            batches = _batches(file, [group], [column], (where, ends[group] - group_rows[group]))
+            first, images = row, []
+        while row >= first + len(images):
+            first, batch = next(batches)
+            images = batch.column(column)
+        image = _encoded(images[row - first].as_py())
+        if image is None:
+            raise DataError(f"{where} has no image in row {row} any more; put the file back as it was, or run again")
+        yield image

@@ -15,8 +15,13 @@ from hardmoe.errors import RecipeError
 GROUP = "hardmoe.sources"
 
 _BUILT_IN = {
+    "folder": "hardmoe.data.sources.folder:FolderSource",
+    "huggingface": "hardmoe.data.sources.huggingface:HuggingFaceSource",
+    "iconify": "hardmoe.data.sources.iconify:IconifySource",
     "icons": "hardmoe.data.sources.icons:IconsSource",
     "parquet": "hardmoe.data.sources.parquet:ParquetSource",
+    "webdataset": "hardmoe.data.sources.webdataset:WebDatasetSource",
+    "yfcc100m": "hardmoe.data.sources.yfcc100m:Yfcc100mSource",
 }
 
 
