@@ -1,162 +1,37 @@
-"""From the encoded bytes of an image to pixels, the same way in training, evaluation and serving.
+"""From the encoded bytes of an image to what a network sees, the same way in training, evaluation and serving.
 
-Whatever Pillow throws at hostile or broken bytes becomes one exception with a short reason, so a bad row can be
-quarantined and counted. Only raster formats are opened: Pillow would hand PostScript to an external interpreter.
-Rejected: torchvision's decoders, which know fewer formats and ignore CMYK, 16-bit and alpha; setting
-`Image.MAX_IMAGE_PIXELS`, a global of the host process.
+Resizing is torch's integer kernel for 8-bit images: the same bits with and without AVX2, within 1 of Pillow's in 0.2 % of the
+values, and 6 times as fast (0.17 ms instead of 1.0 from 500 pixels to 224), where Pillow's was half of the whole way. Rejected:
+Pillow's, for its time; torchvision's transforms, which call the same kernel through several more layers.
 
-Shape letters: H height, W width, 3 the channels red, green, blue.
+Shape letters: H height, W width, S side in pixels, 3 the channels red, green, blue.
 """
 
 import base64
-import hashlib
 import io
-import struct
-import threading
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from hardmoe.data import jpeg
 from hardmoe.data.config import PILLOW_MAX_PIXELS
-from hardmoe.errors import HardmoeError
+from hardmoe.data.decoding import read_pixels
+from hardmoe.data.undecodable import UndecodableImageError
 
-_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "ICO", "PPM")
+__all__ = [
+    "UndecodableImageError",
+    "decode",
+    "encode_png",
+    "load_square",
+    "resize_square",
+    "shrink",
+    "thumbnail_data_uri",
+]
 
-# What Pillow's plugins let through: 366,000 randomly damaged files of 10 formats raised nothing else. MemoryError is not
-# among them, since it says nothing about the image.
-_BROKEN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class UndecodableImageError(HardmoeError):
-    """Bytes that are no usable image; the message is a short reason."""
-
-
-def content_id(data: bytes) -> bytes:
-    """The 16 bytes that name an example by its content: the head of the SHA-256 of the encoded image."""
-    return hashlib.sha256(data).digest()[:16]
-
-
-class _QuietPillow:
-    """Silences Pillow's warnings while any thread decodes.
-
-    `warnings.catch_warnings` restores a global list, so two threads that overlap would leave each other's filters behind;
-    hence the first one in sets the filter and the last one out restores it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._saved = warnings.catch_warnings()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if self._inside == 0:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    self._saved.__exit__(None, None, None)
-
-
-_quiet_pillow = _QuietPillow()
-
-
-@cache
-def _known_formats() -> tuple[str, ...]:
-    """The formats we accept that this build of Pillow can name; asking it for another one is a KeyError."""
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def _check_pixels(image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise UndecodableImageError(f"{image.width} x {image.height} pixels, more than dataset.max_pixels={max_pixels}")
-
-
-def _load(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame as Pillow decodes it, in the file's own mode."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=_known_formats())
-        _check_pixels(image, max_pixels)
-        image.load()
-    except UnidentifiedImageError as error:
-        raise UndecodableImageError(f"not an image in a known format ({', '.join(_known_formats())})") from error
-    except Image.DecompressionBombError as error:
-        raise UndecodableImageError(f"far more pixels than dataset.max_pixels={max_pixels}") from error
-    except _BROKEN as error:
-        raise UndecodableImageError(f"broken image ({type(error).__name__}: {error})") from error
-    # The size in a container's header is only a claim; an icon file's frame may be larger.
-    _check_pixels(image, max_pixels)
-    return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _BROKEN:
-        return image  # broken metadata does not cost a picture
-    operation = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if operation is None else image.transpose(operation)
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips grey values above 255; these are scaled, 65535 to 255."""
-    grey_HW = np.asarray(image).astype(np.int64)
-    if grey_HW.min() < 0 or grey_HW.max() > 65535:
-        raise UndecodableImageError("32-bit integer pixels, which have no defined brightness; save it with 8 or 16 bits")
-    return Image.fromarray(((grey_HW + 128) // 257).astype(np.uint8))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise UndecodableImageError("floating-point pixels, which have no defined brightness; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        return _from_16_bits(image).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    if image.mode == "La":  # has only one conversion
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
+REDUCED_MARGIN = 2
+"""Reduced decoding keeps the shorter side at least so many times as long as the square's."""
 
 
 def decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -167,19 +42,12 @@ def decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
         max_pixels: larger images are refused before their pixels are decoded.
 
     Returns:
-        uint8 [H, W, 3], writable.
+        uint8 [H, W, 3], contiguous and writable.
 
     Raises:
         UndecodableImageError: empty, broken, truncated, too large or without a defined brightness.
     """
-    if not data:
-        raise UndecodableImageError("empty file")
-    with _quiet_pillow():
-        image = _upright(_load(data, max_pixels))
-        try:
-            return np.array(_to_rgb(image))
-        except (OSError, ValueError) as error:  # a palette or mode that Pillow opens and cannot convert
-            raise UndecodableImageError(f"cannot be converted to RGB ({error})") from error
+    return _own(read_pixels(data, max_pixels))
 
 
 def resize_square(image_HW3: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -192,17 +60,53 @@ def resize_square(image_HW3: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         size: side of the result in pixels.
 
     Returns:
-        uint8 [3, size, size], contiguous.
+        uint8 [3, size, size], contiguous; shares no memory with the argument.
+    """
+    return np.array(_square(image_HW3, size).transpose(2, 0, 1), order="C")
+
+
+def load_square(data: bytes, size: int, max_pixels: int, *, reduced: bool = False) -> NDArray[np.uint8]:
+    """Decode an image and fit it into a square: the pixels of `resize_square(decode(…))`, without the copies between them.
+
+    Args:
+        data: the encoded file.
+        size: side of the result in pixels.
+        max_pixels: larger images are refused before their pixels are decoded.
+        reduced: let the JPEG decoder scale down by 2, 4 or 8 while it decodes, where the shorter side stays at least twice
+            as long as `size`: faster, and other pixels by a little. Other formats, and CMYK, are decoded in full.
+
+    Returns:
+        uint8 [3, size, size]; the channels lie innermost in memory, as convolutions want them.
+
+    Raises:
+        UndecodableImageError: as `decode` does.
+    """
+    image_HW3 = read_pixels(data, max_pixels, REDUCED_MARGIN * size if reduced else None)
+    return _square(image_HW3, size).transpose(2, 0, 1)
+
+
+def shrink(data: bytes, image_HW3: NDArray[np.uint8], store_size: int) -> bytes:
+    """A smaller copy of an encoded image, for storing: its shorter side becomes `store_size`, its shape stays.
+
+    Args:
+        data: the encoded file.
+        image_HW3: what `decode` made of it, uint8 [H, W, 3].
+        store_size: the new length of the shorter side in pixels.
+
+    Returns:
+        `data` itself where the shorter side is no longer than that. Else a file without metadata, upright: JPEG of quality 95
+        without colour subsampling if the original was coded with loss (JPEG, AVIF, lossy WebP), or PNG.
     """
     height, width, _ = image_HW3.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square_HW3 = image_HW3[top : top + side, left : left + side]
-    if side != size:
-        square = Image.fromarray(np.ascontiguousarray(square_HW3))
-        square_HW3 = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
-    # np.array copies: the result never shares memory with the argument, whichever path was taken.
-    return np.array(square_HW3.transpose(2, 0, 1), order="C")
+    shorter = min(height, width)
+    if shorter <= store_size:
+        return data
+    # Rounded half up in integers, so that no platform's floating point decides a size.
+    new_height, new_width = ((2 * side * store_size + shorter) // (2 * shorter) for side in (height, width))
+    small_HW3 = _resize(_own(image_HW3), new_height, new_width)
+    if _was_lossy(data):
+        return bytes(simplejpeg.encode_jpeg(small_HW3, quality=95, colorspace="RGB", colorsubsampling="444"))
+    return encode_png(small_HW3)
 
 
 def encode_png(image_HW3: NDArray[np.uint8]) -> bytes:
@@ -219,6 +123,49 @@ def thumbnail_data_uri(data: bytes, size: int) -> str:
         UndecodableImageError: as `decode` does.
     """
     # The dataset stage has held the image against the recipe's own limit, which may be above the default.
-    pixels_3SS = resize_square(decode(data, PILLOW_MAX_PIXELS), size)
-    png = encode_png(np.ascontiguousarray(pixels_3SS.transpose(1, 2, 0)))
+    png = encode_png(_square(read_pixels(data, PILLOW_MAX_PIXELS), size))
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _own(image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The array itself if it is contiguous and writable, else a copy."""
+    return image_HW3 if image_HW3.flags.c_contiguous and image_HW3.flags.writeable else image_HW3.copy()
+
+
+def _square(image_HW3: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The central square, uint8 [size, size, 3], contiguous; the argument's own memory if nothing was to be done."""
+    height, width, _ = image_HW3.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return _resize(_own(image_HW3[top : top + side, left : left + side]), size, size)
+
+
+def _resize(image_HW3: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    if image_HW3.shape[:2] == (height, width):
+        return image_HW3
+    # Here, because the command line lists sources, some of which draw images, and must not wait for torch.
+    import torch
+
+    # Made four-dimensional before it is permuted, it is channels last to torch, which has a faster kernel for that.
+    image_13HW = torch.from_numpy(image_HW3)[None].permute(0, 3, 1, 2)
+    resized_13HW = torch.nn.functional.interpolate(image_13HW, size=(height, width), mode="bilinear", antialias=True)
+    pixels: NDArray[np.uint8] = resized_13HW.permute(0, 2, 3, 1)[0].contiguous().numpy()
+    return pixels
+
+
+def _was_lossy(data: bytes) -> bool:
+    if data.startswith(jpeg.SIGNATURE):
+        return True
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return b"VP8L" not in (data[12:16], *_chunk_kinds(data, 12))
+    return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis")
+
+
+def _chunk_kinds(data: bytes, at: int) -> list[bytes]:
+    """The types of the chunks of a RIFF file, and of those in the frames of an animation."""
+    kinds: list[bytes] = []
+    while at + 8 <= len(data):
+        kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        kinds.append(kind)
+        at += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame has 16 bytes of its own before its chunks
+    return kinds

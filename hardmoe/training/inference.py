@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hardmoe.models.backbones import Backbone, normalise_images
+from hardmoe.training.staging import DeviceBatch
 
 
 def predict_features(
@@ -32,18 +33,57 @@ def predict_features(
     Yields:
         float32 [B, D] on the device; the last one may have fewer rows. Together one row per image, in order.
     """
-    for images_B3SS in _fixed_batches(images, batch_size):
-        rows = len(images_B3SS)
-        if rows < batch_size:
-            images_B3SS = np.concatenate([images_B3SS, np.zeros((batch_size - rows, *images_B3SS.shape[1:]), np.uint8)])
+    for features_BD in predict_batches(backbone, _on_device(_fixed_batches(images, batch_size), batch_size, device)):
+        yield features_BD.float()
+
+
+def predict_batches(backbone: Backbone, batches: Iterable[DeviceBatch]) -> Iterator[Tensor]:
+    """Features of batches that are on the device already, all of one size.
+
+    Yields:
+        float [rows, D] on the device, of each batch's images without its blanks.
+    """
+    normalise = _Normaliser()
+    for batch in batches:
         was_training = backbone.training
         backbone.eval()
         try:
             with torch.inference_mode(), _full_float32():
-                features_BD = backbone(device_images(torch.from_numpy(images_B3SS), device))
+                features_BD = backbone(normalise(batch.images_B3SS))
         finally:
             backbone.train(was_training)
-        yield features_BD[:rows].float()
+        yield features_BD[: batch.rows]
+
+
+class _Normaliser:
+    """Normalises batches of one size; on a CPU into memory that is used again, by pieces that its cache holds.
+
+    A fresh 150 MB for every batch of 256 images at 224 pixels costs 85 ms of page faults and passes over memory instead of 14.
+    """
+
+    _PIECE = 1 << 18
+    """Values; four bytes each."""
+
+    def __init__(self) -> None:
+        self._target_B3SS: Tensor | None = None
+
+    def __call__(self, images_B3SS: Tensor) -> Tensor:
+        if images_B3SS.device.type != "cpu":
+            return _normalised(images_B3SS)
+        if self._target_B3SS is None:
+            self._target_B3SS = torch.empty(images_B3SS.shape, memory_format=torch.channels_last)
+        step = max(1, self._PIECE // images_B3SS[0].numel())
+        for start in range(0, len(images_B3SS), step):
+            normalise_images(images_B3SS[start : start + step], self._target_B3SS[start : start + step])
+        return self._target_B3SS
+
+
+def _on_device(batches: Iterable[NDArray[np.uint8]], batch_size: int, device: torch.device) -> Iterator[DeviceBatch]:
+    for images_B3SS in batches:
+        rows = len(images_B3SS)
+        if rows < batch_size:
+            images_B3SS = np.concatenate([images_B3SS, np.zeros((batch_size - rows, *images_B3SS.shape[1:]), np.uint8)])
+        yield DeviceBatch(_moved(torch.from_numpy(images_B3SS), device), rows)
 
 
 @contextmanager
@@ -59,11 +99,18 @@ def _full_float32() -> Iterator[None]:
 
 def device_images(images_B3SS: Tensor, device: torch.device) -> Tensor:
     """Move uint8 images to the device and normalise them there, in the layout in which convolutions are fastest."""
+    return _normalised(_moved(images_B3SS, device))
+
+
+def _moved(images_B3SS: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         # From pageable memory the copy would wait for the work already queued, and the next batch for the copy.
         images_B3SS = images_B3SS.pin_memory()
-    moved_B3SS = images_B3SS.to(device, non_blocking=True)
-    return normalise_images(moved_B3SS.contiguous(memory_format=torch.channels_last))
+    return images_B3SS.to(device, non_blocking=True)
+
+
+def _normalised(images_B3SS: Tensor) -> Tensor:
+    return normalise_images(images_B3SS.contiguous(memory_format=torch.channels_last))
 
 
 def _fixed_batches(images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[NDArray[np.uint8]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hardmoe.data.loader import ExampleSet, TrainingBatch, batch_slice, num_batches
+from hardmoe.data.loader import ExampleSet, TrainingBatch
 from hardmoe.errors import HardmoeError
 from hardmoe.hashing import derive_seed
 from hardmoe.models.backbones import TagClassifier
@@ -68,11 +68,13 @@ class TrainingResult:
 
     steps: int
     examples_seen: int
-    """Counted with repetition over the epochs."""
+    """Counted with repetition, over the epochs and within them."""
     final_loss: float | None
     """Mean over the steps of the log's last row; None if nothing was trained."""
     validation_precision_at_1: float | None
     """After the last epoch; None without labelled validation examples."""
+    samples_per_epoch: tuple[int, ...]
+    """How many each epoch shows: the labelled examples, those with rare hashtags more than once if the config says so."""
 
 
 @dataclass
@@ -123,8 +125,14 @@ def train(
         if len(labelled):
             training.run()
     model.eval()
-    state = training.state
-    return TrainingResult(state.step, training.examples_seen(state.step), state.final_loss, state.validation_precision_at_1)
+    state, schedule = training.state, training.schedule
+    return TrainingResult(
+        steps=state.step,
+        examples_seen=schedule.samples_before(state.step),
+        final_loss=state.final_loss,
+        validation_precision_at_1=state.validation_precision_at_1,
+        samples_per_epoch=tuple(schedule.samples_E.tolist()),
+    )
 
 
 @dataclass
@@ -143,8 +151,9 @@ class _Training:
     last_loss: float | None = None
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = num_batches(len(self.examples), self.config.batch_size)
-        self.total_steps = self.steps_per_epoch * self.config.epochs
+        config = self.config
+        self.schedule = self.examples.schedule(config.batch_size, config.epochs, self.seed, config.repeat_threshold)
+        self.total_steps = self.schedule.total_steps
 
     def run(self) -> None:
         """Do the steps that the latest checkpoint has not done."""
@@ -154,22 +163,14 @@ class _Training:
         self.optimizer = build_optimizer(self.model, self.config)
         self._resume(digest)
         first_step, began = self.state.step, time.monotonic()
-        batches = self.examples.training_batches(self.config.batch_size, self.config.epochs, self.seed, first_step)
-        for batch in batches:
+        for batch in self.examples.training_batches(self.schedule, first_step):
             self._step(batch)
             self._report()
             self._save(digest)
             if self.sinks.progress:
-                seen = self.examples_seen(self.state.step)
-                rate = (seen - self.examples_seen(first_step)) / max(time.monotonic() - began, 1e-9)
+                seen = self.schedule.samples_before(self.state.step)
+                rate = (seen - self.schedule.samples_before(first_step)) / max(time.monotonic() - began, 1e-9)
                 self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate))
-
-    def examples_seen(self, step: int) -> int:
-        """Examples in the batches of the first `step` steps."""
-        if not len(self.examples):
-            return 0
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return epoch * len(self.examples) + int(batch_slice(len(self.examples), self.config.batch_size, index).start)
 
     def _step(self, batch: TrainingBatch) -> None:
         set_learning_rate(self.optimizer, self._learning_rate(self.state.step))
@@ -207,7 +208,7 @@ class _Training:
 
     def _report(self) -> None:
         state = self.state
-        epoch = -(-state.step // self.steps_per_epoch)
+        epoch = self.schedule.place(state.step - 1)[0] + 1
         row_is_due = state.step % STEPS_PER_ROW == 0 or state.step == self.total_steps
         if row_is_due or self._checkpoint_is_due() or self.device.type == "cpu":
             self._fetch_losses()
@@ -215,9 +216,14 @@ class _Training:
             state.final_loss = state.loss_sum / state.loss_steps
             state.loss_sum, state.loss_steps = 0.0, 0
             rate = self._learning_rate(state.step - 1)
-            seen = self.examples_seen(state.step)
+            seen = self.schedule.samples_before(state.step)
             self._log({"step": state.step, "epoch": epoch, "examples": seen, "loss": state.final_loss, "learning_rate": rate})
-        if self.validation and state.step % self.steps_per_epoch == 0:
+        if not self.schedule.ends_epoch(state.step):
+            return
+        if self.config.repeat_threshold is not None:
+            samples = int(self.schedule.samples_E[epoch - 1])
+            self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
+        if self.validation:
             scores = validate(self.model, self.validation, self.config.batch_size, self.device)
             state.validation_precision_at_1 = scores.precision_at_1
             if not math.isfinite(scores.loss):

@@ -36,12 +36,19 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Which network: everything that `build_network` needs beside the seed."""
+    """Which network, and what it is shown: everything that is needed to build it beside the seed, and to use it."""
 
     backbone: str
     stem: str
     image_size: int
     num_tags: int
+    decode: str
+    """`full` or `reduced`: how JPEGs are decoded for it, in training and in use alike."""
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the JPEG decoder may scale down while it decodes."""
+        return self.decode == "reduced"
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
         "num_features": model.backbone.num_features,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "unique_examples": len(examples),
+        "samples_per_epoch": list(result.samples_per_epoch),
         "examples_seen": result.examples_seen,
         "steps": result.steps,
         "final_loss": result.final_loss,
@@ -137,6 +145,7 @@ def load_examples(job: NetworkJob, split: str) -> ExampleSet:
         max_pixels=PILLOW_MAX_PIXELS,  # the dataset stage has held every image against the recipe's own limit
         num_threads=job.config.num_threads,
         scratch_path=Path(tempfile.gettempdir()),
+        reduced=job.architecture.reduced,
     )
 
 

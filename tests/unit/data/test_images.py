@@ -3,6 +3,9 @@
 import base64
 import hashlib
 import io
+import os
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -14,9 +17,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 from torchvision.transforms import v2
 
-from hardmoe.data import images
+from hardmoe.data import decoding, jpeg
 from hardmoe.data.config import PILLOW_MAX_PIXELS
-from hardmoe.data.images import UndecodableImageError, content_id, decode, encode_png, resize_square, thumbnail_data_uri
+from hardmoe.data.ids import content_id
+from hardmoe.data.images import (
+    UndecodableImageError,
+    decode,
+    encode_png,
+    load_square,
+    resize_square,
+    shrink,
+    thumbnail_data_uri,
+)
 from hardmoe.errors import HardmoeError
 
 torch.set_num_threads(1)
@@ -229,6 +241,111 @@ def test_resize_square_returns_a_fitting_image_unchanged_and_unshared():
     assert not np.shares_memory(squared, pixels)
 
 
+def test_resize_square_is_what_torch_computes_with_and_without_vector_instructions():
+    program = (
+        "import hashlib, numpy as np; from hardmoe.data.images import resize_square;"
+        "p = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8);"
+        "print(*(hashlib.sha256(resize_square(p, s)).hexdigest() for s in (8, 32, 64, 224, 375, 400)))"
+    )
+    told = [
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env={**os.environ, **setting}).stdout
+        for setting in ({}, {"ATEN_CPU_CAPABILITY": "default"})
+    ]
+    assert told[0] == told[1] != b""
+
+
+def jpeg_of(height, width, **options):
+    return saved(Image.fromarray(smooth(height, width)), "JPEG", quality=95, **options)
+
+
+@pytest.mark.parametrize(("shorter", "divisor"), [(31, 1), (32, 1), (63, 2), (64, 2), (128, 4), (255, 8), (256, 8), (2000, 8)])
+def test_reduced_decoding_takes_the_largest_divisor_that_leaves_twice_the_size(monkeypatch, shorter, divisor):
+    decoded = []
+
+    def watching(*arguments):
+        decoded.append(decode_jpeg(*arguments))
+        return decoded[-1]
+
+    decode_jpeg = jpeg.decode_jpeg
+    monkeypatch.setattr(jpeg, "decode_jpeg", watching)
+    load_square(jpeg_of(shorter, shorter + 40), 16, 10**8, reduced=True)
+    assert decoded[0].shape[:2] == (-(-shorter // divisor), -(-(shorter + 40) // divisor))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_reduced_decoding_changes_pixels_by_a_little(options):
+    data = jpeg_of(300, 400, **options)
+    full, reduced = (load_square(data, 32, 10**8, reduced=flag).astype(int) for flag in (False, True))
+    assert np.abs(full - reduced).max() <= 4
+    assert (full != reduced).any()
+
+
+def test_reduced_decoding_of_what_is_no_jpeg_is_full_decoding():
+    data = saved(Image.fromarray(noise(200, 300)), "PNG")
+    np.testing.assert_array_equal(load_square(data, 16, LIMIT, reduced=True), load_square(data, 16, LIMIT))
+
+
+def test_jpeg_with_made_up_pixels_is_refused_where_pillow_shows_grey():
+    """Pillow drops libjpeg's warnings, so a picture whose data break off before its end marker came through half grey."""
+    whole = jpeg_of(64, 64)
+    broken = whole[: len(whole) * 2 // 3] + b"\xff\xd9"
+    assert np.asarray(Image.open(io.BytesIO(broken))).shape == (64, 64, 3)
+    with pytest.raises(UndecodableImageError, match="premature end of data segment"):
+        decode(broken, LIMIT)
+
+
+def test_jpeg_with_left_over_bytes_is_kept():
+    """Drones and scanners write bytes between the last pixel and the end marker; refusing them would refuse those cameras."""
+    whole = jpeg_of(64, 64)
+    np.testing.assert_array_equal(decode(whole[:-2] + bytes(range(200)) + whole[-2:], LIMIT), decode(whole, LIMIT))
+
+
+def test_shrink_returns_the_same_object_where_nothing_is_to_be_done():
+    data = jpeg_of(64, 90)
+    assert shrink(data, decode(data, LIMIT), 64) is data
+    assert shrink(data, decode(data, LIMIT), 100) is data
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "stored"),
+    [
+        ("JPEG", {}, "JPEG"),
+        ("WEBP", {}, "JPEG"),
+        ("WEBP", {"lossless": True}, "PNG"),
+        ("PNG", {}, "PNG"),
+        ("GIF", {}, "PNG"),
+        ("AVIF", {}, "JPEG"),
+    ],
+)
+def test_shrink_keeps_the_shape_and_the_kind_of_coding(file_format, options, stored):
+    data = saved(Image.fromarray(smooth(120, 200)), file_format, **options)
+    small = shrink(data, decode(data, LIMIT), 48)
+    with Image.open(io.BytesIO(small)) as image:
+        assert (image.format, image.size) == (stored, (80, 48))
+        expected = Image.fromarray(decode(data, LIMIT)).resize((80, 48), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(image.convert("RGB")).astype(int) - np.asarray(expected)).max() <= (
+            12 if stored == "JPEG" else 1
+        )
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_shrink_tells_lossy_from_lossless_in_every_container_of_webp(alpha, lossless):
+    pixels = np.dstack([smooth(60, 60), noise(60, 60, 1)]) if alpha else smooth(60, 60)
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (60, 60))]}
+    for more in ({}, {"exif": b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00"}, frames):
+        data = saved(Image.fromarray(pixels), "WEBP", lossless=lossless, **more)
+        assert shrink(data, decode(data, LIMIT), 16).startswith(b"\x89PNG" if lossless else b"\xff\xd8\xff")
+
+
+def test_shrink_stores_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = jpeg_of(60, 100, exif=exif)
+    small = shrink(data, decode(data, LIMIT), 30)
+    assert decode(small, LIMIT).shape == (50, 30, 3)
+
+
 def test_encode_png_is_lossless_and_deterministic():
     pixels = noise(9, 5)
     assert encode_png(pixels) == encode_png(pixels.copy())
@@ -239,7 +356,7 @@ def test_thumbnail_of_an_image_beyond_the_default_limit_is_drawn(monkeypatch: py
     # Once dataset.max_pixels was raised in the recipe, such an image went through the whole run until the report refused it,
     # by the default of that key. Its size is only claimed here: the real one would take a gigabyte.
     limits: list[int] = []
-    monkeypatch.setattr(images, "_check_pixels", lambda image, max_pixels: limits.append(max_pixels))
+    monkeypatch.setattr(decoding, "check_pixels", lambda width, height, max_pixels: limits.append(max_pixels))
     thumbnail_data_uri(saved(Image.fromarray(smooth(4, 6)), "PNG"), 2)
     assert set(limits) == {PILLOW_MAX_PIXELS}
 

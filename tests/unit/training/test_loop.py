@@ -19,6 +19,7 @@ from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.loop import TrainingProgress, TrainingResult, TrainingSinks, running_statistics_for_single_values, train
 from hardmoe.training.metrics_log import MetricsLog
+from hardmoe.training.optim import learning_rate_at
 
 CPU = torch.device("cpu")
 NUM_TAGS = 6
@@ -104,6 +105,35 @@ def test_killed_and_resumed_training_has_the_bits_of_an_uninterrupted_one(
     assert result == uninterrupted[0]
     assert_same_bits(weights, uninterrupted[1])
     assert metrics == uninterrupted[2]
+
+
+def test_training_with_repeats_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Epochs then differ in length, so that the end of one is no longer a multiple of anything."""
+    config = CONFIG.model_copy(update={"repeat_threshold": 0.5})
+    result, weights, metrics = Attempt(tmp_path / "whole", config).run()
+    attempt = Attempt(tmp_path / "killed", config)
+    for kill_at in (9, 16, 22):
+        with pytest.raises(Killed):
+            attempt.run(kill_at)
+    resumed = attempt.run()
+    assert (resumed[0], resumed[2]) == (result, metrics)
+    assert_same_bits(resumed[1], weights)
+
+
+def test_training_with_repeats_reports_unique_examples_and_samples_apart(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"repeat_threshold": 0.5})
+    attempt = Attempt(tmp_path, config)
+    result, _, metrics = attempt.run()
+    schedule = EXAMPLES.schedule(config.batch_size, config.epochs, 0, 0.5)
+    assert result.samples_per_epoch == tuple(schedule.samples_E.tolist())
+    assert result.examples_seen == sum(result.samples_per_epoch) > 3 * 61
+    assert result.steps == schedule.total_steps == sum(-(-samples // 8) for samples in result.samples_per_epoch)
+    assert attempt.progress[-1].total_steps == result.steps
+    rows = [json.loads(line) for line in metrics.splitlines()]
+    epochs = [(row["epoch"], row["samples"], row["unique_examples"]) for row in rows if "samples" in row]
+    assert epochs == [(epoch, samples, 61) for epoch, samples in enumerate(result.samples_per_epoch, start=1)]
+    assert [row["epoch"] for row in rows if "validation_loss" in row] == [1, 2, 3]
+    assert [row["learning_rate"] for row in rows if "loss" in row][-1] == learning_rate_at(result.steps - 1, result.steps, config)
 
 
 def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
@@ -263,7 +293,7 @@ def test_no_labelled_example_leaves_the_weights_alone_and_writes_an_empty_log(tm
     storage, model = LocalStorage(tmp_path), make_model()
     sinks = TrainingSinks(Checkpoints(storage, "checkpoints"), MetricsLog())
     result = train(model, EXAMPLES.take(np.arange(0)), CONFIG, seed=0, device=CPU, validation=VALIDATION, sinks=sinks)
-    assert result == TrainingResult(0, 0, None, None)
+    assert result == TrainingResult(0, 0, None, None, (0, 0, 0))
     assert_same_bits(model.state_dict(), make_model().state_dict())
     assert sinks.log is not None
     assert sinks.log.to_bytes() == b""
