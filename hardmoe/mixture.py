@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.config import PILLOW_MAX_PIXELS
-from hardmoe.data.images import UndecodableImageError, decode, resize_square
+from hardmoe.data.images import UndecodableImageError, load_square
 from hardmoe.data.reading import tag_names
 from hardmoe.errors import DataError
 from hardmoe.experts.stages import expert_name
@@ -54,7 +54,9 @@ class Mixture:
         self._store = store
         self._experts: dict[int, TagClassifier] = {}
         trunk = store.get("trunk")
-        self.image_size = architecture_of(trunk).image_size
+        architecture = architecture_of(trunk)
+        self._reduced = architecture.reduced
+        self.image_size = architecture.image_size
         """S: images are resized (shorter side, then centre crop) to so many pixels."""
         self._trunk = load_network(trunk)
 
@@ -64,7 +66,7 @@ class Mixture:
 
         Raises:
             MissingRecordError: the run is not finished; names the artifact that is missing.
-            DataError: its partition is random.
+            DataError: its partition is random, or goes by features that were computed elsewhere.
         """
         store = ArtifactStore(open_storage(root))
         for name in ("trunk", "partition", "decoder", "vocabulary"):
@@ -75,6 +77,12 @@ class Mixture:
                 "take a run with partition.method: kmeans"
             )
         store.get("router")
+        features = store.find("features")
+        if features is not None and "external" in features.record.config:
+            raise DataError(
+                f"the partition in {root} goes by features that were computed elsewhere (features.path), so a new image cannot "
+                "be sent to an expert; take a run without features.path"
+            )
         return cls(store)
 
     @cached_property
@@ -125,7 +133,7 @@ class Mixture:
             if not isinstance(data, bytes):
                 raise TypeError(f"images must be encoded images (bytes each), but item {position} is a {type(data).__name__}")
             try:
-                pixels_N3SS[position] = resize_square(decode(data, PILLOW_MAX_PIXELS), self.image_size)
+                pixels_N3SS[position] = load_square(data, self.image_size, PILLOW_MAX_PIXELS, reduced=self._reduced)
             except UndecodableImageError as error:
                 raise DataError(f"image {position} of {len(images)}: {error}") from error
         return pixels_N3SS

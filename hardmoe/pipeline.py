@@ -6,19 +6,20 @@ care than what it controls. Rejected: a graph declared in the recipe, which no u
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.inventory import Inventory, take_inventory
+from hardmoe.data.places import read_place
 from hardmoe.data.sources.registry import open_source
-from hardmoe.data.stages import dataset_stage, vocabulary_stage
+from hardmoe.data.stages import dataset_stage, vocabulary_stage, with_source
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError
 from hardmoe.evaluation.stage import System, evaluation_stage
 from hardmoe.experts.stages import dense_stage, embeddings_stage, expert_name, expert_stage
-from hardmoe.features.stage import features_stage
+from hardmoe.features.files import features_inventory
+from hardmoe.features.stage import external_features_stage, features_stage
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.stages import partition_stage, router_stage
 from hardmoe.recipe import Recipe
@@ -48,32 +49,37 @@ class ExternalInputs:
     """Identities of what lies outside the root."""
 
     source_sha256: str
-    aliases_sha256: str | None
+    hashtags_sha256: Mapping[str, str | None] = field(default_factory=dict)
+    """Of the files that `hashtags.aliases`, `allow` and `deny` name, by key."""
+    features_sha256: str | None = None
+    """Of the files of `features.path`; None where there are none, or while only the stages' names are of interest."""
 
 
 def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
     """Digest what lies outside the root, from the cache where nothing changed.
 
     Raises:
-        DataError: the source cannot be listed, or the alias file cannot be read.
+        DataError: the source cannot be listed, or a file that the recipe names cannot be read.
         DriftError: the dataset was made from other files; says which.
     """
-    return ExternalInputs(_source_digest(recipe, store), _aliases_digest(recipe, store))
+    source = _source_digest(recipe, store)
+    return ExternalInputs(source, _hashtags_digests(recipe, store), _features_digest(recipe, store))
 
 
 def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     """All stages that the recipe asks for, every stage after its inputs."""
     stages = [
         dataset_stage(recipe.dataset, external.source_sha256),
-        vocabulary_stage(recipe.hashtags, external.aliases_sha256),
+        vocabulary_stage(recipe.hashtags, external.hashtags_sha256),
         trunk_stage(recipe.trunk, recipe.seed),
-        features_stage(),
+        _features(recipe, external),
     ]
     if recipe.partition.method == "kmeans":
         stages.append(router_stage(recipe.partition, recipe.seed))
     stages.append(partition_stage(recipe.partition, recipe.seed))
     mixture = _mixture(recipe, stages, "partition", "experts", "embeddings", "decoder")
-    systems = {"trunk": System("features", "feature", ("trunk",), shared=False)}
+    # The trunk is judged by its own features, which nobody computes where the partition goes by others.
+    systems = {} if recipe.features.path else {"trunk": System("features", "feature", ("trunk",), shared=False)}
     if recipe.evaluation.dense_baseline:
         systems |= _dense(recipe, stages)
     systems["experts_own_decoder"] = System(mixture.embeddings, "embedding", mixture.experts, shared=False)
@@ -83,7 +89,7 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
         systems["random_partition"] = System(random.embeddings, "embedding", (random.decoder,), shared=True)
     stages.append(evaluation_stage(recipe.evaluation, systems, recipe.seed))
     stages.append(report_stage(recipe.what(), stages))
-    return stages
+    return [with_source(stage, recipe.dataset) for stage in stages]
 
 
 def select(stages: Sequence[Stage], targets: Sequence[str]) -> list[Stage]:
@@ -123,6 +129,13 @@ def _random(recipe: Recipe, stages: list[Stage]) -> Mixture:
     return _mixture(recipe, stages, f"{RANDOM}/partition", f"{RANDOM}/experts", f"{RANDOM}/embeddings", f"{RANDOM}/decoder")
 
 
+def _features(recipe: Recipe, external: ExternalInputs) -> Stage:
+    """The trunk's features, or those that were computed elsewhere."""
+    if not recipe.features.path:
+        return features_stage(recipe.features)
+    return external_features_stage(recipe.features, external.features_sha256 or "", recipe.dataset.id_column is not None)
+
+
 def _source_digest(recipe: Recipe, store: ArtifactStore) -> str:
     """The identity of the source's files; as a finished dataset, here or in a root to reuse, records it where they are gone."""
     dataset = store.find("dataset")
@@ -160,16 +173,41 @@ def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) ->
     )
 
 
-def _aliases_digest(recipe: Recipe, store: ArtifactStore) -> str | None:
-    """The digest of the alias file; of the finished vocabulary's own record where the file is gone."""
-    path = recipe.hashtags.aliases
-    if path is None:
+def _hashtags_digests(recipe: Recipe, store: ArtifactStore) -> dict[str, str | None]:
+    """The digests of the files of hashtags; of the finished vocabulary's own record where a file is gone.
+
+    Until the vocabulary is finished they are read as well: a contradiction in them must not come up after the ingestion.
+    """
+    vocabulary = store.find("vocabulary")
+    places = {key: getattr(recipe.hashtags, key) for key in ("aliases", "allow", "deny")}
+    contents: dict[str, bytes | None] = {}
+    recorded: dict[str, str | None] = {}
+    for key, place in places.items():
+        try:
+            what = "the aliases" if key == "aliases" else "the list"
+            contents[key] = None if place is None else read_place(place, what, f"hashtags.{key}")
+        except DataError:
+            known = None if vocabulary is None else vocabulary.record.config.get(key, {}).get("sha256")
+            if known is None:
+                raise
+            recorded[key] = known
+    if vocabulary is None and any(places.values()):
+        from hardmoe.data.aliases import parse_rules
+
+        parse_rules(contents, places)
+    digests = {key: None if content is None else hashlib.sha256(content).hexdigest() for key, content in contents.items()}
+    return {**digests, **recorded}
+
+
+def _features_digest(recipe: Recipe, store: ArtifactStore) -> str | None:
+    """The identity of features computed elsewhere; of the finished artifact's own record where the files are gone."""
+    if not recipe.features.path:
         return None
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        vocabulary = store.find("vocabulary")
-        if vocabulary is None or vocabulary.record.config["aliases"]["sha256"] is None:
-            raise DataError(f"the aliases {path} cannot be read ({error.strerror}); correct hashtags.aliases") from error
-        digest: str = vocabulary.record.config["aliases"]["sha256"]
-        return digest
+        return features_inventory(recipe.features, store.storage).digest()
+    except DataError:
+        features = store.find("features")
+        if features is None or "external" not in features.record.config:
+            raise
+        recorded: str = features.record.config["external"]["sha256"]
+        return recorded

@@ -1,8 +1,8 @@
 """The examples of one part, held ready for training: decoded once, shuffled by hash, served in batches.
 
 Every image is decoded and resized once and kept as uint8, in memory or, past a limit, in a scratch file that the system
-pages; so an epoch costs no decoding and the pass order is free. Batches are a pure function of (seed, epoch, index), and a
-position in the training is therefore just the step. Rejected: torch's `DataLoader`, whose workers' state cannot be resumed
+pages; so an epoch costs no decoding and the pass order is free. Batches are a pure function of the step (see `resampling`), and
+a position in the training is therefore just that. Rejected: torch's `DataLoader`, whose workers' state cannot be resumed
 inside an epoch, and whose order depends on positions and so on the sharding.
 
 Rows are sorted by example id, whatever order they arrived in; pixels stay where they were put and are found through
@@ -25,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hardmoe.data.images import UndecodableImageError, decode, resize_square
+from hardmoe.data.ids import id_words
+from hardmoe.data.images import UndecodableImageError, load_square
+from hardmoe.data.resampling import Schedule, repeat_factors
 from hardmoe.errors import DataError, StorageError
-from hardmoe.hashing import hash_ids
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class ExampleSet:
         num_threads: int = 1,
         scratch_path: Path | None = None,
         memory_limit_bytes: int = 2 << 30,
+        reduced: bool = False,
     ) -> "ExampleSet":
         """Decode a stream of encoded examples; beside the result, one piece of the stream is in memory at a time.
 
@@ -117,6 +119,7 @@ class ExampleSet:
             scratch_path: an existing folder for the pixels once they exceed `memory_limit_bytes`; the file is unlinked
                 at once and vanishes with the process. None keeps everything in memory.
             memory_limit_bytes: decoded bytes to keep in memory if there is a scratch folder.
+            reduced: let JPEGs be decoded at a smaller size where that is enough; see `load_square`.
 
         Raises:
             DataError: an image cannot be decoded; names its example.
@@ -127,7 +130,8 @@ class ExampleSet:
             run = map if num_threads == 1 else stack.enter_context(ThreadPoolExecutor(num_threads)).map
             pixels = stack.enter_context(_PixelBuffer(image_size, scratch_path, memory_limit_bytes))
             for batch in batches:
-                for image_3SS in run(partial(_decode_square, image_size, max_pixels), batch.ids_n16, batch.images):
+                decode = partial(_decode_square, image_size, max_pixels, reduced)
+                for image_3SS in run(decode, batch.ids_n16, batch.images):
                     pixels.append(image_3SS)
                 ids.append(batch.ids_n16)
                 indices.append(batch.label_indices_L)
@@ -161,15 +165,15 @@ class ExampleSet:
             weights_L=torch.from_numpy(np.repeat(1 / np.maximum(lengths_B, 1), lengths_B).astype(np.float32)),
         )
 
-    def training_batches(self, batch_size: int, epochs: int, seed: int, start_step: int = 0) -> Iterator[TrainingBatch]:
+    def schedule(self, batch_size: int, epochs: int, seed: int, repeat_threshold: float | None = None) -> Schedule:
+        """The steps of a training on these examples; `repeat_threshold` shows those with rare tags more often."""
+        factors_N = repeat_factors(self.label_indices_L, self.label_offsets, repeat_threshold)
+        return Schedule(self.ids_N16, factors_N, batch_size, epochs, seed)
+
+    def training_batches(self, schedule: Schedule, start_step: int = 0) -> Iterator[TrainingBatch]:
         """Batches of all epochs from a step on; the same step always gives the same batch."""
-        steps_per_epoch = num_batches(len(self), batch_size)
-        first_epoch, first_index = divmod(start_step, steps_per_epoch) if steps_per_epoch else (epochs, 0)
-        for epoch in range(first_epoch, epochs):
-            order_N = epoch_order(self.ids_N16, seed, epoch)
-            for index in range(first_index if epoch == first_epoch else 0, steps_per_epoch):
-                positions_B = order_N[batch_slice(len(self), batch_size, index)]
-                yield TrainingBatch(torch.from_numpy(self.images_at(positions_B)), self.targets_at(positions_B))
+        for positions_B in schedule.batches(start_step):
+            yield TrainingBatch(torch.from_numpy(self.images_at(positions_B)), self.targets_at(positions_B))
 
     def sequential_images(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
         """All images in order of their ids, uint8 [B, 3, S, S] at a time."""
@@ -183,39 +187,16 @@ class ExampleSet:
         return self.label_indices_L[source], offsets
 
     def _sorted_by_id(self) -> "ExampleSet":
-        low_N, high_N = _id_words(self.ids_N16)
+        high_N, low_N = id_words(self.ids_N16)
         order_N = np.lexsort((low_N, high_N))
         if np.any((np.diff(high_N[order_N]) == 0) & (np.diff(low_N[order_N]) == 0)):
             raise ValueError("an example id occurs twice in one set")
         return self.take(order_N)
 
 
-def num_batches(num_examples: int, batch_size: int) -> int:
-    """Batches of one epoch, the last not smaller than the others by more than one example."""
-    return -(-num_examples // batch_size)
-
-
-def batch_slice(num_examples: int, batch_size: int, index: int) -> slice:
-    """Where a batch lies in the epoch's order; sizes differ by at most one, and together the batches cover it once."""
-    batches = num_batches(num_examples, batch_size)
-    return slice(index * num_examples // batches, (index + 1) * num_examples // batches)
-
-
-def epoch_order(ids_N16: NDArray[np.uint8], seed: int, epoch: int) -> NDArray[np.int64]:
-    """The positions of the examples in one epoch's order, by hash of (seed, epoch, id), ties by id; int64 [N]."""
-    low_N, high_N = _id_words(ids_N16)
-    return np.lexsort((low_N, high_N, hash_ids(ids_N16, seed, "shuffle", epoch)))
-
-
-def _id_words(ids_N16: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The low and high half of every id, so that (high, low) sorts like the bytes."""
-    words_N2 = np.ascontiguousarray(ids_N16).view(">u8").astype(np.uint64)
-    return words_N2[:, 1], words_N2[:, 0]
-
-
-def _decode_square(image_size: int, max_pixels: int, id_16: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
+def _decode_square(image_size: int, max_pixels: int, reduced: bool, id_16: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
     try:
-        return resize_square(decode(data, max_pixels), image_size)
+        return load_square(data, image_size, max_pixels, reduced=reduced)
     except UndecodableImageError as error:
         example_id = id_16.tobytes().hex()
         raise DataError(f"the image of example {example_id} cannot be decoded: {error}; exclude the example") from error

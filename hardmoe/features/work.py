@@ -5,6 +5,7 @@ from collections.abc import Generator
 import pyarrow as pa
 
 from hardmoe.config import Json
+from hardmoe.data.reading import open_examples
 from hardmoe.data.schemas import SPLITS
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
 from hardmoe.tables import ID_TYPE, build_table, ids_from_array, vector_type, vectors_from_array, write_table
@@ -35,11 +36,12 @@ class FeaturesWork:
 
     def run(self, context: UnitContext) -> Json:
         """One shard."""
-        trunk, dataset = context.input("trunk"), context.input("dataset")
+        trunk, dataset = context.input("trunk"), open_examples(context, "dataset")
         device, relative = unit_device(context), context.unit.arguments["path"]
         model = load_network(trunk)
-        size = architecture_of(trunk).image_size
-        ids_N16, features_ND = extract_shard(context, model.backbone, size, dataset, dataset.path(relative), device)
+        seen = architecture_of(trunk)
+        path = dataset.path(relative)
+        ids_N16, features_ND = extract_shard(context, model.backbone, seen.image_size, dataset, path, device, seen.reduced)
         schema = pa.schema([("example_id", ID_TYPE), ("feature", vector_type(features_ND.shape[1]))])
         columns = {"example_id": ids_from_array(ids_N16), "feature": vectors_from_array(features_ND)}
         write_table(context.output(relative), build_table(schema, columns))

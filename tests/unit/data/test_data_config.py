@@ -10,8 +10,8 @@ from hardmoe.data.config import DatasetConfig, HashtagsConfig
 
 
 def test_only_the_places_to_read_from_are_operational():
-    assert DatasetConfig.operational_fields() == {"path"}
-    assert HashtagsConfig.operational_fields() == {"aliases"}
+    assert DatasetConfig.operational_fields() == {"path", "image_root", "tags_path"}
+    assert HashtagsConfig.operational_fields() == {"aliases", "allow", "deny"}
 
 
 def test_identity_is_frozen():
@@ -21,8 +21,15 @@ def test_identity_is_frozen():
         "tags_column": "hashtags",
         "id_column": None,
         "split_column": None,
+        "license_column": None,
         "test_fraction": 0.05,
         "validation_fraction": 0.05,
+        "store": "auto",
+        "store_size": None,
+        "near_duplicates": "auto",
+        "near_radius": 4,
+        "near_difference": 0.03,
+        "max_bad_fraction": 0.5,
         "icon_size": 32,
         "shard_rows": 8192,
         "max_pixels": 100_000_000,

@@ -1,5 +1,6 @@
 """The examples of one part: decoding, order, batches and targets."""
 
+import hashlib
 import io
 import re
 from itertools import islice, pairwise
@@ -8,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from hardmoe.data.loader import EncodedBatch, ExampleSet, batch_slice, epoch_order, num_batches
+from hardmoe.data.images import load_square
+from hardmoe.data.loader import EncodedBatch, ExampleSet
+from hardmoe.data.resampling import epoch_order, repeats_in_epoch
 from hardmoe.errors import DataError, StorageError
 
 SIZE = 4
@@ -96,7 +97,7 @@ def test_from_stream_into_a_missing_scratch_folder_says_so(tmp_path: Path) -> No
 def test_from_stream_of_nothing_is_an_empty_set() -> None:
     examples = Collection(1).build([])
     assert len(examples) == len(examples.labelled()) == 0
-    assert list(examples.training_batches(4, 2, seed=0)) == []
+    assert list(examples.training_batches(examples.schedule(4, 2, seed=0))) == []
 
 
 def test_from_stream_names_the_example_that_cannot_be_decoded() -> None:
@@ -124,36 +125,10 @@ def test_labelled_keeps_exactly_the_examples_with_labels_and_copies_no_pixels() 
     assert labelled.storage_M3SS is examples.storage_M3SS
 
 
-@given(st.integers(1, 400), st.integers(1, 64))
-def test_batches_of_an_epoch_cover_it_once_in_sizes_that_differ_by_one_at_most(num: int, batch_size: int) -> None:
-    slices = [batch_slice(num, batch_size, index) for index in range(num_batches(num, batch_size))]
-    sizes = [piece.stop - piece.start for piece in slices]
-    assert [position for piece in slices for position in range(piece.start, piece.stop)] == list(range(num))
-    assert len(slices) == int(np.ceil(num / batch_size))
-    assert max(sizes) <= batch_size
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_epoch_order_is_a_permutation_of_ids_that_no_sharding_changes() -> None:
-    ids = random_ids(200)
-    order = epoch_order(ids, seed=3, epoch=1)
-    assert sorted(order.tolist()) == list(range(200))
-    shuffled = np.random.default_rng(0).permutation(200)
-    assert np.array_equal(ids[shuffled][epoch_order(ids[shuffled], 3, 1)], ids[order])
-    assert not np.array_equal(order, epoch_order(ids, 3, 2))
-    assert not np.array_equal(order, epoch_order(ids, 4, 1))
-
-
-def test_epoch_order_of_a_part_is_the_order_of_the_whole_restricted_to_it() -> None:
-    ids = random_ids(60)
-    whole = [row for row in epoch_order(ids, 0, 0).tolist() if row < 20]
-    assert epoch_order(ids[:20], 0, 0).tolist() == whole
-
-
 def test_training_batches_show_every_example_once_an_epoch_with_its_own_pixels_and_labels() -> None:
     collection = Collection(23)
     examples = collection.build(list(range(23)))
-    batches = list(examples.training_batches(batch_size=5, epochs=2, seed=0))
+    batches = list(examples.training_batches(examples.schedule(batch_size=5, epochs=2, seed=0)))
     assert [len(batch.images_B3SS) for batch in batches[:5]] == [4, 5, 4, 5, 5]
     for epoch in range(2):
         rows = [collection.by_id[position] for position in epoch_order(examples.ids_N16, 0, epoch)]
@@ -166,14 +141,64 @@ def test_training_batches_show_every_example_once_an_epoch_with_its_own_pixels_a
         np.testing.assert_allclose(targets, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("start_step", [0, 1, 4, 5, 6, 9, 10])
-def test_training_batches_from_a_step_on_equal_those_of_the_whole(start_step: int) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.9])
+@pytest.mark.parametrize("start_step", [0, 1, 4, 5, 6, 7, 9, 10, 13, 50])
+def test_training_batches_from_a_step_on_equal_those_of_the_whole(start_step: int, threshold: float | None) -> None:
     examples = Collection(23).build(list(range(23)))
-    whole = islice(examples.training_batches(5, 2, seed=1), start_step, None)
-    rest = examples.training_batches(5, 2, seed=1, start_step=start_step)
+    schedule = examples.schedule(5, 2, seed=1, repeat_threshold=threshold)
+    whole = islice(examples.training_batches(schedule), start_step, None)
+    rest = examples.training_batches(schedule, start_step)
     for expected, found in zip(whole, rest, strict=True):
         assert torch.equal(expected.images_B3SS, found.images_B3SS)
         assert torch.equal(expected.targets.indices_L, found.targets.indices_L)
+
+
+def test_training_batches_without_repeats_are_those_of_the_first_release() -> None:
+    """A golden digest: a training that repeats nothing must not change by a bit because others may repeat."""
+    chance = np.random.default_rng(5)
+    ids = chance.integers(0, 256, (37, 16), dtype=np.uint8)
+    ids = ids[np.lexsort(ids.T[::-1])]
+    pixels = chance.integers(0, 256, (37, 3, 4, 4), dtype=np.uint8)
+    labels = [sorted(chance.choice(6, chance.integers(1, 4), replace=False).tolist()) for _ in range(37)]
+    offsets = np.cumsum([0, *map(len, labels)])
+    indices = np.array([tag for tags in labels for tag in tags], np.int32)
+    examples = ExampleSet(ids, pixels, np.arange(37), indices, offsets)
+    digest = hashlib.sha256()
+    for batch in examples.training_batches(examples.schedule(8, 3, seed=11)):
+        for tensor in (batch.images_B3SS, batch.targets.rows_L, batch.targets.indices_L, batch.targets.weights_L):
+            digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest() == "a69e25de5eb1b1a13b0b3eca2fd69d84d408b2a9edad85209648977a957844f5"
+
+
+def test_training_batches_with_repeats_show_each_example_as_often_as_its_epoch_says() -> None:
+    examples = Collection(60).build(list(range(60))).labelled()
+    schedule = examples.schedule(7, 3, seed=2, repeat_threshold=0.9)
+    batches = list(examples.training_batches(schedule))
+    assert len(batches) == schedule.total_steps
+    assert schedule.factors_N is not None
+    first = 0
+    for epoch, samples in enumerate(schedule.samples_E.tolist()):
+        last = first + -(-samples // 7)
+        shown = torch.cat([batch.images_B3SS for batch in batches[first:last]]).numpy()
+        repeats = repeats_in_epoch(schedule.factors_N, examples.ids_N16, 2, epoch)
+        expected = np.repeat(examples.images_at(np.arange(len(examples))), repeats, axis=0)
+        assert sorted(image.tobytes() for image in shown) == sorted(image.tobytes() for image in expected)
+        assert repeats.max() > 1
+        first = last
+
+
+def test_reduced_decoding_is_asked_of_the_decoder() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG")
+    batch = EncodedBatch.from_lists(random_ids(1), [buffer.getvalue()], [[0]])
+    found = [
+        ExampleSet.from_stream([batch], image_size=16, max_pixels=1 << 20, reduced=reduced).images_at(np.arange(1))[0]
+        for reduced in (False, True)
+    ]
+    for reduced, image in zip((False, True), found, strict=True):
+        assert np.array_equal(image, load_square(buffer.getvalue(), 16, 1 << 20, reduced=reduced))
+    assert not np.array_equal(*found)
 
 
 def test_sequential_images_are_all_images_in_order_of_ids() -> None:

@@ -1,0 +1,117 @@
+"""From a recipe to stages: what lies outside the root is identified by content, and external features change the graph."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hardmoe.artifacts.store import ArtifactStore
+from hardmoe.errors import DataError
+from hardmoe.pipeline import ExternalInputs, build_stages, identify_inputs
+from hardmoe.recipe import parse_recipe
+from hardmoe.stage import Stage
+from hardmoe.storage import LocalStorage
+
+
+def stages_of(external: ExternalInputs | None = None, **sections: Any) -> dict[str, Stage]:
+    stages = build_stages(parse_recipe(sections, "test"), external or ExternalInputs(""))
+    return {stage.name: stage for stage in stages}
+
+
+def identify(directory: Path, **sections: Any) -> ExternalInputs:
+    (directory / "photos").mkdir(exist_ok=True)
+    pq.write_table(pa.table({"image": [b"x"], "hashtags": [["a"]]}), directory / "photos" / "0.parquet")
+    body = {"dataset": {"path": str(directory / "photos" / "*.parquet")}, **sections}
+    return identify_inputs(parse_recipe(body, "test"), ArtifactStore(LocalStorage(directory / "root")))
+
+
+def test_stages_come_after_their_inputs_with_and_without_external_features() -> None:
+    for features in ({}, {"path": "f.parquet"}):
+        seen: set[str] = set()
+        for name, stage in stages_of(features=features, evaluation={"random_partition": True}).items():
+            assert set(stage.inputs.values()) <= seen, name
+            seen.add(name)
+
+
+def test_external_features_stand_on_the_dataset_alone_and_are_known_by_content() -> None:
+    first = stages_of(ExternalInputs("", features_sha256="1" * 64), features={"path": "here/f.parquet"})["features"]
+    moved = stages_of(ExternalInputs("", features_sha256="1" * 64), features={"path": "there/f.parquet"})["features"]
+    other = stages_of(ExternalInputs("", features_sha256="2" * 64), features={"path": "here/f.parquet"})["features"]
+    keyed = stages_of(
+        ExternalInputs("", features_sha256="1" * 64), features={"path": "here/f.parquet"}, dataset={"id_column": "name"}
+    )["features"]
+    assert set(first.inputs.values()) == {"dataset"}
+    assert first.config == moved.config
+    assert first.config != other.config
+    assert first.config != keyed.config
+
+
+def test_own_features_have_the_identity_that_they_had_before_others_were_accepted() -> None:
+    stage = stages_of(features={"num_threads": 3})["features"]
+    assert (stage.kind, stage.version, stage.config) == ("features", 1, {})
+    assert stage.inputs == {"dataset": "dataset", "trunk": "trunk"}
+    assert stage.resources.num_cpus == 3
+
+
+def test_trunk_is_no_system_of_its_own_where_its_features_do_not_exist() -> None:
+    own, theirs = (stages_of(features=features)["evaluation"].config["systems"] for features in ({}, {"path": "f.parquet"}))
+    assert own.keys() - theirs.keys() == {"trunk"}
+
+
+def test_files_of_hashtags_count_by_content_and_not_by_path(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    for path in (first, second):
+        path.write_text("alias,tag\nx,y\n")
+    (tmp_path / "deny.txt").write_text("z\n")
+    found = identify(tmp_path, hashtags={"aliases": str(first), "deny": str(tmp_path / "deny.txt")}).hashtags_sha256
+    assert found == {
+        "aliases": hashlib.sha256(b"alias,tag\nx,y\n").hexdigest(),
+        "allow": None,
+        "deny": hashlib.sha256(b"z\n").hexdigest(),
+    }
+    again = identify(tmp_path, hashtags={"aliases": str(second), "deny": str(tmp_path / "deny.txt")})
+    assert again.hashtags_sha256 == found
+    stages = [stages_of(ExternalInputs("", digests))["vocabulary"].config for digests in (found, {**found, "allow": "1" * 64})]
+    assert stages[0] != stages[1]
+
+
+@pytest.mark.parametrize("key", ["aliases", "allow", "deny"])
+def test_missing_file_of_hashtags_is_refused_naming_its_key(tmp_path: Path, key: str) -> None:
+    with pytest.raises(DataError, match=rf"nowhere cannot be read \(No such file or directory\); correct hashtags\.{key}"):
+        identify(tmp_path, hashtags={key: str(tmp_path / "nowhere")})
+
+
+def test_contradiction_in_the_files_is_found_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "allow.txt").write_text("a\n")
+    (tmp_path / "deny.txt").write_text("A\n")
+    with pytest.raises(DataError, match=r"'a' is in .*allow\.txt \(hashtags\.allow\) and in .*deny\.txt"):
+        identify(tmp_path, hashtags={"allow": str(tmp_path / "allow.txt"), "deny": str(tmp_path / "deny.txt")})
+
+
+def test_files_of_features_count_by_name_and_content(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "1.parquet").write_bytes(b"one")
+    pattern = {"path": str(tmp_path / "f" / "*.parquet")}
+    first = identify(tmp_path, features=pattern).features_sha256
+    assert first is not None
+    assert identify(tmp_path, features=pattern).features_sha256 == first
+    (tmp_path / "f").rename(tmp_path / "g")
+    moved = {"path": [str(tmp_path / "g" / "1.parquet")]}
+    assert identify(tmp_path, features=moved).features_sha256 == first
+    (tmp_path / "g" / "2.parquet").write_bytes(b"two")
+    both = {"path": str(tmp_path / "g" / "*.parquet")}
+    assert identify(tmp_path, features=both).features_sha256 != first
+    assert identify(tmp_path).features_sha256 is None
+    with pytest.raises(DataError, match=r"features\.path .*matches no file"):
+        identify(tmp_path, features=pattern)
+
+
+def test_digests_of_features_are_remembered_apart_from_the_dataset_s(tmp_path: Path) -> None:
+    """One cache for both would forget the digests of a terabyte of images whenever the features are looked at."""
+    (tmp_path / "f.parquet").write_bytes(b"one")
+    identify(tmp_path, features={"path": str(tmp_path / "f.parquet")})
+    caches = sorted(str(path.relative_to(tmp_path / "root")) for path in (tmp_path / "root").rglob("inventory.json"))
+    assert caches == ["dataset/_progress/inventory.json", "features/_progress/inventory.json"]
