@@ -1,9 +1,11 @@
 """Fixtures of all tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from s3 import CREDENTIALS, Store, running_store
 from support import hardmoe, real_images, write_photos, write_recipe
 
 torch.set_num_threads(1)
@@ -34,3 +36,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     result = hardmoe(directory, "run", "--backend", "inline")
     assert result.returncode == 0, result.stderr
     return directory
+
+
+@pytest.fixture(scope="session")
+def _running_store() -> Iterator[Store]:
+    with running_store() as store:
+        yield store
+
+
+@pytest.fixture
+def s3_store(_running_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An S3 store behind a proxy that can misbehave, and the environment in which boto3 finds it."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    # The pauses before this process's own retries; a server on loopback recovers at once.
+    monkeypatch.setattr("hardmoe.storage.s3_client.FIRST_WAIT_SECONDS", 0.002)
+    _running_store.proxy.reset()
+    yield _running_store
+    _running_store.proxy.reset()

@@ -42,7 +42,7 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
     quiet = 0
     while True:
         storage, recipe = existing_run(options)
-        names = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+        names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
         rows = [_status(storage, name) for name in names]
         if watch and not as_json:
             click.clear()
@@ -108,7 +108,7 @@ def _seconds_since(moment: str) -> float:
 def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> None:
     """Print the logs of an artifact's units, or list all logs, or print what failed."""
     storage, recipe = existing_run(options)
-    names = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
     if name is not None:
         names = [_resolve(names, name)]
     if failed:
@@ -138,14 +138,14 @@ def _print_failures(storage: Storage, names: Sequence[str]) -> None:
 def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
     """Print a record: as JSON with its provenance, or for people."""
     storage, recipe = existing_run(options)
-    names = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
     artifact = ArtifactStore(storage).get(_resolve(names, name))
     provenance = _provenance(storage, artifact.name)
     if as_json:
         click.echo(json.dumps({"record": artifact.record.body(), "provenance": provenance}, indent=1, sort_keys=True))
         return
     record = artifact.record
-    where = record.reused_from or storage.where(artifact.name)
+    where = artifact.storage.where() if record.reused_from else storage.where(artifact.name)
     lines = [
         ("artifact", f"{artifact.name} (kind {record.kind}, version {record.version})"),
         ("files", f"{len(record.files)}, {sum(entry.size for entry in record.files):,} bytes, in {where}"),
@@ -162,7 +162,7 @@ def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
 def verify_artifacts(options: Mapping[str, Any], names: Sequence[str]) -> None:
     """Hash every vouched file and check every input's record; tell all problems, then fail if there were any."""
     storage, recipe = existing_run(options)
-    known = [stage.name for stage in build_stages(recipe, ExternalInputs("", None))]
+    known = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
     store = ArtifactStore(storage)
     problems = 0
     for name in [_resolve(known, name) for name in names] or known:

@@ -174,6 +174,23 @@ def verify(names: tuple[str, ...], **options: Any) -> None:
     verify_artifacts(options, names)
 
 
+@cli.group()
+def bench() -> None:
+    """Measure what this machine can do with a recipe; builds nothing."""
+
+
+@bench.command("data")
+@click.option("--rows", type=click.IntRange(min=1), default=2000, show_default=True, help="Images to measure with.")
+@click.option("--seconds", type=click.FloatRange(min=0.01), default=2.0, show_default=True, help="Least time of each step.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@recipe_options
+def bench_data(rows: int, seconds: float, as_json: bool, **options: Any) -> None:
+    """Reading, decoding, resizing, transfer, network: what each could do alone, and which one the others wait for."""
+    from hardmoe.cli.bench import bench_data
+
+    bench_data(options, rows, seconds, as_json)
+
+
 def main() -> None:
     """Run the command line; turns errors into one sentence and an exit code."""
     # A job scheduler's SIGTERM is an interruption like Ctrl-C: leases are released, Ray is stopped.

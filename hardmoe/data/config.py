@@ -63,9 +63,10 @@ class DatasetConfig(Config):
     """Images whose shorter side is longer are stored scaled down to it, as JPEG (PNG where there was no loss); null stores
     every image as it came."""
 
-    near_duplicates: Literal["auto", "off", "held_out", "all"] = "auto"
-    """Which near-duplicates to remove: `held_out`, training images that nearly equal a test or validation image; `all`,
-    besides, all but one of every group of training images; `auto` is `off` for icons and else `held_out`."""
+    near_duplicates: Literal["auto", "none", "held_out", "all"] = "auto"
+    """Which near-duplicates to remove: `held_out`, training images that nearly equal a validation or test image, and validation
+    images that nearly equal a test image; `all`, besides, all but one of every group of training images; `auto` is `none` for
+    icons and else `held_out`."""
 
     near_radius: int = Field(4, ge=0, le=16)
     """Images whose 64-bit perceptual hashes differ in at most so many bits are compared pixel by pixel."""

@@ -1,18 +1,30 @@
 """How the stages after the dataset read examples and labels: by split, by part, joined on the id.
 
+A dataset that stores no image says where each lies in the source; whoever reads it through `open_examples` sees no
+difference, but for the error when the source has changed since: every image is held against its digest.
+
 Shape letters: N examples, L labels.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from hardmoe.data.schemas import EXAMPLES, LABELS, TAGS
-from hardmoe.errors import CorruptFileError
-from hardmoe.stage import InputArtifact
+from hardmoe.config import Json
+from hardmoe.data.config import DatasetConfig
+from hardmoe.data.ids import content_id, sortable
+from hardmoe.data.schemas import EXAMPLES, LABELS, REFERENCES, TAGS
+from hardmoe.data.sources.base import Location, ReferableSource
+from hardmoe.data.sources.registry import open_source
+from hardmoe.data.stages import SOURCE
+from hardmoe.errors import CorruptFileError, DataError
+from hardmoe.stage import Context, InputArtifact
+from hardmoe.storage import Storage
 from hardmoe.tables import ids_to_array, iterate_table, lists_to_csr, read_table
 
 
@@ -30,12 +42,80 @@ def example_shards(examples: InputArtifact, split: str, expert: int | None) -> l
     return examples.files(f"split={split}/{part}")
 
 
+@dataclass(frozen=True)
+class ReferringExamples:
+    """A dataset whose images are read from the source; an `InputArtifact` like the dataset itself."""
+
+    dataset: InputArtifact
+    config: DatasetConfig
+    """Which source, and where it is now."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where the tables lie."""
+        return self.dataset.storage
+
+    @property
+    def payload(self) -> Json:
+        """What the dataset's record says."""
+        return self.dataset.payload
+
+    def path(self, relative: str) -> str:
+        """A file's path in `storage`."""
+        return self.dataset.path(relative)
+
+    def files(self, prefix: str = "", suffix: str = "") -> list[str]:
+        """Sorted storage paths of the files that the record vouches for."""
+        return self.dataset.files(prefix, suffix)
+
+
+def open_examples(context: Context, role: str) -> InputArtifact:
+    """An input that holds examples: a dataset or a partition."""
+    examples = context.input(role)
+    if examples.payload.get("store") != "reference":
+        return examples
+    return ReferringExamples(examples, DatasetConfig.model_validate(context.stage.operational[SOURCE]))
+
+
 def read_examples(
     examples: InputArtifact, paths: Sequence[str], columns: Sequence[str] | None = None, rows: int = 1024
 ) -> Iterator[Any]:
-    """Tables of at most `rows` rows with some or all of example_id, image and raw tags, shard after shard."""
+    """Tables of at most `rows` rows with some or all of example_id, image and raw tags, shard after shard.
+
+    Raises:
+        DataError: an image in the source is not the one that was ingested.
+    """
+    names = list(columns or EXAMPLES.names)
     for path in paths:
-        yield from iterate_table(examples.storage, path, EXAMPLES, columns or EXAMPLES.names, rows=rows)
+        if isinstance(examples, ReferringExamples):
+            yield from _read_referred(examples, path, names, rows)
+        else:
+            yield from iterate_table(examples.storage, path, EXAMPLES, names, rows=rows)
+
+
+def _read_referred(examples: ReferringExamples, path: str, names: Sequence[str], rows: int) -> Iterator[Any]:
+    if "image" not in names:
+        yield from iterate_table(examples.storage, path, REFERENCES, names, rows=rows)
+        return
+    table = read_table(examples.storage, path, REFERENCES)
+    source = open_source(examples.config)
+    assert isinstance(source, ReferableSource)
+    places = [
+        Location(*place) for place in zip(*(table.column(n).to_pylist() for n in ("file", "offset", "length")), strict=True)
+    ]
+    images = source.fetch(places)
+    expected = ids_to_array(table.column("content_id"))
+    for start in range(0, table.num_rows, rows):
+        piece = table.slice(start, rows)
+        fetched = list(islice(images, piece.num_rows))
+        for position, (data, digest) in enumerate(zip(fetched, expected[start : start + rows], strict=True), start):
+            if content_id(data) != digest.tobytes():
+                place = places[position]
+                raise DataError(
+                    f"the image at {place.file}, {'row' if place.length is None else 'byte'} {place.offset}, is not the one that "
+                    "was ingested; put the source's files back, or build from the new ones in a new root"
+                )
+        yield pa.table({name: pa.array(fetched, pa.binary()) if name == "image" else piece.column(name) for name in names})
 
 
 def num_tags(vocabulary: InputArtifact) -> int:
@@ -97,8 +177,3 @@ def _in_order(
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[order], dtype=np.int64)])
     source = np.repeat(starts[order] - offsets[:-1], sizes[order]) + np.arange(offsets[-1])
     return Labels(flat[source], offsets)
-
-
-def sortable(ids_N16: NDArray[np.uint8]) -> NDArray[np.void]:
-    """Ids as one opaque 16-byte value each, which NumPy sorts, searches and compares byte by byte."""
-    return np.ascontiguousarray(ids_N16).view(np.dtype((np.void, 16))).reshape(-1)

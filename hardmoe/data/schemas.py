@@ -6,25 +6,65 @@ from hardmoe.tables import ID_TYPE
 
 EXAMPLES = pa.schema([("example_id", ID_TYPE), ("image", pa.binary()), ("tags", pa.list_(pa.string()))])
 """`dataset/split=…`: encoded image, raw hashtags."""
-ORIGIN = pa.schema([("example_id", ID_TYPE), ("source_uri", pa.string())])
-"""`dataset/origin`: where every copy of an example came from."""
+REFERENCES = pa.schema(
+    [
+        ("example_id", ID_TYPE),
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("content_id", ID_TYPE),
+        ("tags", pa.list_(pa.string())),
+    ]
+)
+"""`dataset/split=…` of a dataset that stores no image: where it lies in the source (`length` null: `offset` is the number of a
+row), and the digest that it must have."""
+ORIGIN = pa.schema([("example_id", ID_TYPE), ("source_uri", pa.string()), ("license", pa.string())])
+"""`dataset/origin`: where every copy of an example came from, and under which licence."""
+DUPLICATES = pa.schema(
+    [("content_id", ID_TYPE), ("group", ID_TYPE), ("split", pa.string()), ("difference", pa.float32()), ("removed", pa.bool_())]
+)
+"""`dataset/duplicates`: images that nearly equal another one, by the head of their SHA-256, which is the example id unless
+examples have names. `group` is the smallest id of all that hang together, `difference` the measure to the nearest of them."""
 QUARANTINE = pa.schema([("source_uri", pa.string()), ("reason", pa.string())])
 """`dataset/quarantine`: rows that could not be used, and why."""
-SOURCE_FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("sha256", pa.string())])
-"""`dataset/source.parquet`: the external files that the examples came from; their digest identifies the source."""
+SOURCE_FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("digest", pa.string())])
+"""`dataset/source.parquet`: the external files that the examples came from, with SHA-256 or an object store's own digest."""
 INGESTED = pa.schema(
     [
         ("content_id", ID_TYPE),
-        ("image", pa.binary()),
         ("tags", pa.list_(pa.string())),
         ("source_uri", pa.string()),
+        ("license", pa.string()),
         ("key", pa.string()),
         ("split", pa.string()),
+        ("shard", pa.int32()),
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("hash", pa.uint64()),
+        ("thumbnail", pa.binary()),
     ]
 )
-"""Between the two phases of the dataset stage."""
+"""Rows of a source that can be used, between the phases of the dataset stage. The bytes lie at `offset` of the source's `file`,
+or of what ingested shard number `shard` put by where `file` is null; `hash` and `thumbnail` are null unless near-duplicates
+are looked for."""
+MERGED = pa.schema(
+    [
+        ("content_id", ID_TYPE),
+        ("example_id", ID_TYPE),
+        ("split", pa.int8()),
+        ("tags", pa.list_(pa.string())),
+        ("shard", pa.int32()),
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+"""Examples, all copies of an image in one, between the phases of the dataset stage; `split` is an index into `SPLITS`."""
 TAGS = pa.schema([("index", pa.int32()), ("tag", pa.string()), ("count", pa.int64())])
 """`vocabulary/tags.parquet`."""
+DROPPED_TAGS = pa.schema([("tag", pa.string()), ("count", pa.int64()), ("reason", pa.string())])
+"""`vocabulary/dropped.parquet`: the hashtags that were seen and are not in the vocabulary, the commonest first, and why."""
 LABELS = pa.schema([("example_id", ID_TYPE), ("tags", pa.list_(pa.int32()))])
 """`vocabulary/labels`: canonical tag indices, ascending."""
 UNLABELLED = pa.schema([("example_id", ID_TYPE), ("reason", pa.string())])

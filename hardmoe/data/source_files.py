@@ -34,7 +34,7 @@ def checked_inventory(context: Context, source: Source) -> Inventory:
 
 def source_table(inventory: Inventory) -> bytes:
     """The content of `source.parquet`."""
-    rows = [(name, size, sha256) for name, (size, sha256) in sorted(inventory.files.items())]
+    rows = [(name, size, digest) for name, (size, digest) in sorted(inventory.files.items())]
     columns = {name: [row[index] for row in rows] for index, name in enumerate(SOURCE_FILES.names)}
     sink = pa.BufferOutputStream()
     pq.write_table(build_table(SOURCE_FILES, columns), sink, compression="zstd")
@@ -45,4 +45,4 @@ def source_table(inventory: Inventory) -> bytes:
 def read_source_table(dataset: InputArtifact) -> Inventory:
     """The files that a finished dataset was made from."""
     table = read_table(dataset.storage, dataset.path(SOURCE_FILE), SOURCE_FILES)
-    return Inventory({row["name"]: (row["size"], row["sha256"]) for row in table.to_pylist()})
+    return Inventory({row["name"]: (row["size"], row["digest"]) for row in table.to_pylist()})

@@ -1,7 +1,13 @@
 """Declarations of the data stages: `dataset` and `vocabulary`. Pure data; the code is in `ingest` and `labelling`."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from hardmoe.data.config import DatasetConfig, HashtagsConfig
 from hardmoe.stage import Stage
+
+SOURCE = "source"
+"""Where `Stage.operational` says how to open the source, for stages that may have to read images there."""
 
 
 def dataset_stage(config: DatasetConfig, source_sha256: str) -> Stage:
@@ -9,21 +15,33 @@ def dataset_stage(config: DatasetConfig, source_sha256: str) -> Stage:
     return Stage(
         name="dataset",
         kind="dataset",
-        version=1,
+        version=2,
         config={"dataset": config.identity(), "source": {"sha256": source_sha256}},
         operational={"dataset": config.operational_values()},
         work="hardmoe.data.ingest:DatasetWork",
     )
 
 
-def vocabulary_stage(config: HashtagsConfig, aliases_sha256: str | None) -> Stage:
-    """The canonical tags, and every example's as indices."""
+def vocabulary_stage(config: HashtagsConfig, sha256: Mapping[str, str | None]) -> Stage:
+    """The canonical tags, and every example's as indices.
+
+    Args:
+        config: the recipe's section.
+        sha256: digests of the files that its keys `aliases`, `allow` and `deny` name; None where there is no file.
+    """
     return Stage(
         name="vocabulary",
         kind="vocabulary",
-        version=1,
-        config={"hashtags": config.identity(), "aliases": {"sha256": aliases_sha256}},
+        version=2,
+        config={"hashtags": config.identity(), **{name: {"sha256": sha256.get(name)} for name in ("aliases", "allow", "deny")}},
         operational={"hashtags": config.operational_values()},
         inputs={"dataset": "dataset"},
         work="hardmoe.data.labelling:VocabularyWork",
     )
+
+
+def with_source(stage: Stage, config: DatasetConfig) -> Stage:
+    """The stage, told where the source is, if it may have to read images there; never part of its identity."""
+    if "dataset" not in stage.inputs.values():
+        return stage
+    return replace(stage, operational={**stage.operational, SOURCE: config.model_dump(mode="json")})

@@ -24,7 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, optim
 
-from hardmoe.data.loader import SparseTargets, batch_slice, epoch_order, num_batches
+from hardmoe.data.ids import sortable
+from hardmoe.data.loader import SparseTargets
+from hardmoe.data.resampling import batch_slice, epoch_order, num_batches
 from hardmoe.decoder.config import DecoderConfig
 from hardmoe.errors import DataError, HardmoeError
 from hardmoe.hashing import derive_seed
@@ -81,9 +83,9 @@ class EmbeddingSet:
         lengths = {len(ids_N16), len(embeddings_NE), len(experts_N), len(label_offsets) - 1}
         if len(lengths) != 1 or label_offsets[-1] != len(label_indices_L):
             raise ValueError(f"ids, embeddings, experts and labels describe different numbers of examples: {sorted(lengths)}")
-        words_N2 = np.ascontiguousarray(ids_N16).view(">u8")
-        order_N = np.lexsort((words_N2[:, 1], words_N2[:, 0]))
-        if len(order_N) > 1 and (np.diff(words_N2[order_N].astype(np.uint64), axis=0) == 0).all(axis=1).any():
+        keys_N = sortable(ids_N16)
+        order_N = np.argsort(keys_N, kind="stable")
+        if np.any(keys_N[order_N[1:]] == keys_N[order_N[:-1]]):
             raise ValueError("an example id occurs twice in one set")
         return cls(ids_N16, embeddings_NE, experts_N, label_indices_L, label_offsets).take(order_N)
 
@@ -149,7 +151,8 @@ def fit(
         state = _Fit(model, training, validation, config, seed, sinks or TrainingSinks())
         state.resume()
         state.run()
-    return TrainingResult(state.step, config.epochs * len(training), state.final_loss, state.validation_precision_at_1)
+    samples = (len(training),) * config.epochs
+    return TrainingResult(state.step, sum(samples), state.final_loss, state.validation_precision_at_1, samples)
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float) -> float:

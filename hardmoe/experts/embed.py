@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from hardmoe.config import Json
-from hardmoe.data.reading import example_shards
+from hardmoe.data.reading import example_shards, open_examples
 from hardmoe.data.schemas import SPLITS
 from hardmoe.errors import DataError
 from hardmoe.experts.stages import expert_name
@@ -47,11 +47,12 @@ class EmbeddingsWork:
 
     def run(self, context: UnitContext) -> Json:
         """One shard of one part."""
-        arguments, examples = context.unit.arguments, context.input("examples")
+        arguments, examples = context.unit.arguments, open_examples(context, "examples")
         network = context.input(expert_name(arguments["expert"]))
         device, model = unit_device(context), load_network(network)
-        size = architecture_of(network).image_size
-        ids_N16, embeddings_ND = extract_shard(context, model.backbone, size, examples, examples.path(arguments["path"]), device)
+        seen = architecture_of(network)
+        path = examples.path(arguments["path"])
+        ids_N16, embeddings_ND = extract_shard(context, model.backbone, seen.image_size, examples, path, device, seen.reduced)
         schema = pa.schema([("example_id", ID_TYPE), ("expert", pa.int32()), ("embedding", vector_type(embeddings_ND.shape[1]))])
         columns = {
             "example_id": ids_from_array(ids_N16),

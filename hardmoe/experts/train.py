@@ -3,7 +3,7 @@
 from collections.abc import Generator
 
 from hardmoe.config import Json
-from hardmoe.data.reading import num_tags
+from hardmoe.data.reading import num_tags, open_examples
 from hardmoe.errors import RecipeError
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.hashing import derive_seed
@@ -34,7 +34,7 @@ class ExpertWork:
             )
         job = NetworkJob(
             architecture=architecture,
-            examples=context.input("examples"),
+            examples=open_examples(context, "examples"),
             expert=context.stage.config["expert"],
             vocabulary=vocabulary,
             config=config,
@@ -47,5 +47,5 @@ class ExpertWork:
 
 def _architecture(config: ExpertsConfig, trunk: Architecture, tags: int) -> Architecture:
     if config.backbone is None:
-        return Architecture(trunk.backbone, trunk.stem, trunk.image_size, tags)
-    return Architecture(config.backbone, config.stem, trunk.image_size, tags)
+        return Architecture(trunk.backbone, trunk.stem, trunk.image_size, tags, trunk.decode)
+    return Architecture(config.backbone, config.stem, trunk.image_size, tags, trunk.decode)

@@ -69,14 +69,15 @@ class TagClassifier(nn.Module):
         return features_BD, self.decoder(features_BD)
 
 
-def normalise_images(images_B3HW: Tensor) -> Tensor:
-    """Pixels uint8 [B, 3, H, W] to float32: (x / 255 - 0.5) / 0.25.
+def normalise_images(images_B3HW: Tensor, into_B3HW: Tensor | None = None) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] to float32: (x / 255 - 0.5) / 0.25; in fresh memory, or in that of a tensor of that shape.
 
     The constants are fixed and not the dataset's mean and deviation, so a mixture needs no statistics beside its weights.
     """
     if images_B3HW.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images_B3HW.dtype}: they are normalised here, once, on the device")
-    return images_B3HW.float().mul_(1 / (255 * _PIXEL_DEVIATION)).sub_(_PIXEL_MEAN / _PIXEL_DEVIATION)
+    floats_B3HW = images_B3HW.float() if into_B3HW is None else into_B3HW.copy_(images_B3HW)
+    return floats_B3HW.mul_(1 / (255 * _PIXEL_DEVIATION)).sub_(_PIXEL_MEAN / _PIXEL_DEVIATION)
 
 
 @contextmanager

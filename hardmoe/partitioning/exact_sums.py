@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hardmoe.data.ids import id_words
 from hardmoe.errors import DataError
 from hardmoe.neighbours.assignment import Assignment
 
@@ -185,13 +186,8 @@ class FarthestPoints:
 
 def sort_order_of_ids(ids_N16: NDArray[np.uint8]) -> NDArray[np.intp]:
     """Rows in ascending order of their 16 bytes, intp [N]."""
-    return np.lexsort(_id_words(ids_N16))
-
-
-def _id_words(ids_N16: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Low and high half of every id, read so that comparing numbers compares bytes."""
-    words_N2 = np.ascontiguousarray(ids_N16).view(">u8").astype(np.uint64)
-    return words_N2[:, 1], words_N2[:, 0]
+    high_N, low_N = id_words(ids_N16)
+    return np.lexsort((low_N, high_N))
 
 
 def _run_sums(
@@ -247,7 +243,8 @@ def _farthest_distinct(
     """Rows to keep, farthest first; see `FarthestPoints`."""
     kept: list[int] = []
     seen: set[bytes] = set()
-    for row in np.lexsort((*_id_words(ids_M16), -distances_M)):
+    high_M, low_M = id_words(ids_M16)
+    for row in np.lexsort((low_M, high_M, -distances_M)):
         feature = (features_MD[row] + 0.0).tobytes()  # + 0.0 makes -0.0 and 0.0 one
         if distances_M[row] > 0.0 and feature not in seen:
             seen.add(feature)

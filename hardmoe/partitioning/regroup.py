@@ -2,13 +2,16 @@
 
 Two durable steps. `assign` routes one feature shard, writes its assignments and one file of the shard's examples sorted by
 expert, a row group each. `merge` reads one part's row groups from all these files, so that an expert later streams only its
-own shards; it holds one shard at a time, however large the part is. That every example arrives, exactly once, is checked by
-count and by an order-free checksum of the ids. Rejected: one small file per (shard, expert), which is thousands of files
-where there are many of both, and leaving the examples where they are, which makes every expert read everything.
+own shards; it holds one shard at a time, however large the part is. The parts hold the images themselves even where the
+dataset only refers to them: an expert that read its share through references would read the whole source for it. That every
+example arrives, exactly once, is checked by count and by an order-free checksum of the ids. Rejected: one small file per
+(shard, expert), which is thousands of files where there are many of both, and leaving the examples where they are, which
+makes every expert read everything.
 
 Shape letters: N examples, K experts.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,17 +22,20 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hardmoe.config import Json
-from hardmoe.data.schemas import ASSIGNMENTS, EXAMPLES, PART, SPLITS
+from hardmoe.data.reading import open_examples, read_examples
+from hardmoe.data.schemas import ASSIGNMENTS, PART, SPLITS
 from hardmoe.errors import CorruptFileError
 from hardmoe.hashing import hash_ids
 from hardmoe.neighbours.assignment import Assignment, sum_of_squares
 from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.router import CENTROIDS_FILE, DESCRIPTION_FILE, TRANSFORM_FILE, Router
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
-from hardmoe.tables import build_table, ids_from_array, ids_to_array, read_table, write_table
+from hardmoe.tables import build_table, ids_from_array, ids_to_array, write_table
 
 SHARD_BYTES = 128 * 2**20
 """A part's shards hold about so many bytes of images."""
+_PIECE_BYTES = 256 * 2**20
+"""So many bytes of images are sorted by expert at a time."""
 
 
 class PartitionWork:
@@ -68,8 +74,7 @@ def _merge_unit(split: str, expert: int, units: Sequence[Unit], assigned: Sequen
     rows = size = 0
     for unit, done in zip(units, assigned, strict=True):
         if unit.arguments["split"] == split and (count := done.payload["counts"][expert]):
-            group = sum(1 for other in done.payload["counts"][:expert] if other)
-            sources.append({"path": done.scratch["regrouped"], "group": group})
+            sources.append({"path": done.scratch["regrouped"], "groups": done.payload["groups"][expert]})
             rows += count
             size += done.payload["bytes"][expert]
     arguments = {"split": split, "expert": expert, "sources": sources, "rows": rows, "shards": max(1, -(-size // SHARD_BYTES))}
@@ -110,7 +115,7 @@ def _checksum(ids_N16: NDArray[np.uint8]) -> int:
 
 def _assign(context: UnitContext) -> Json:
     arguments = context.unit.arguments
-    dataset, features = context.input("dataset"), context.input("features")
+    features = context.input("features")
     pieces = list(read_features(features, features.path(arguments["path"])))
     ids_N16 = np.concatenate([ids for ids, _ in pieces])
     assignment, second_distance_N = _route(context, ids_N16, pieces)
@@ -126,19 +131,17 @@ def _assign(context: UnitContext) -> Json:
     }
     name = f"assignments/part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
     write_table(context.output(name), build_table(ASSIGNMENTS, columns))
-    rows = read_table(dataset.storage, dataset.path(arguments["path"]), EXAMPLES)
-    if not np.array_equal(ids_to_array(rows.column("example_id")), ids_N16):
-        raise CorruptFileError(
-            f"the features of {arguments['path']} are of other examples than the dataset's; rebuild the features"
-        )
     experts: int = context.stage.config["partition"]["experts"]
     counts = np.bincount(assignment.primary_N, minlength=experts)
-    sizes = _write_regrouped(context, rows.append_column("distance", pa.array(distance_N)), assignment.primary_N)
+    dataset = open_examples(context, "dataset")
+    rows = read_examples(dataset, [dataset.path(arguments["path"])])
+    groups, sizes = _write_regrouped(context, rows, ids_N16, distance_N, assignment.primary_N)
     fixed_N = np.rint(distance_N.astype(np.float64) * _DISTANCE_UNIT).astype(np.int64)
     totals = [int(fixed_N[assignment.primary_N == expert].sum()) for expert in range(experts)]
     return {
         "rows": len(ids_N16),
         "counts": counts.tolist(),
+        "groups": [groups.get(expert, []) for expert in range(experts)],
         "bytes": [sizes.get(expert, 0) for expert in range(experts)],
         "distance_units": totals,
         "checksum": _checksum(ids_N16),
@@ -174,16 +177,56 @@ def _distances_to(router: Router, features_ND: NDArray[np.float32], experts_N: N
     return np.sqrt(sum_of_squares(differences_ND)).astype(np.float32)
 
 
-def _write_regrouped(context: UnitContext, rows: Any, primary_N: NDArray[np.int32]) -> dict[int, int]:
-    """The shard's examples sorted by expert, one row group per expert that has any; returns the bytes of their images."""
-    sizes = {}
+def _write_regrouped(
+    context: UnitContext,
+    rows: Iterable[Any],
+    ids_N16: NDArray[np.uint8],
+    distance_N: NDArray[np.float32],
+    primary_N: NDArray[np.int32],
+) -> tuple[dict[int, list[int]], dict[int, int]]:
+    """The shard's examples sorted by expert: row groups of one expert each, by expert, and the bytes of its images.
+
+    A shard whose images exceed `_PIECE_BYTES` is sorted piece by piece, with row groups of its own for each piece.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    sizes: Counter[int] = Counter()
+    start = written = 0
     with context.scratch("regrouped") as out, pq.ParquetWriter(out, PART, compression="zstd") as writer:
-        for expert in np.unique(primary_N).tolist():
-            # Not `take`, which first makes one array of the images and refuses to where they exceed 2 GiB.
-            chosen = rows.filter(pa.array(primary_N == expert)).cast(PART)
-            writer.write_table(chosen, row_group_size=max(1, chosen.num_rows))
-            sizes[expert] = pc.sum(pc.binary_length(chosen.column("image"))).as_py()
-    return sizes
+        for piece in _pieces(rows):
+            stop = start + piece.num_rows
+            _check_same(context, ids_to_array(piece.column("example_id")), ids_N16[start:stop])
+            piece = piece.append_column("distance", pa.array(distance_N[start:stop]))
+            for expert in np.unique(primary_N[start:stop]).tolist():
+                # Not `take`, which first makes one array of the images and refuses to where they exceed 2 GiB.
+                chosen = piece.filter(pa.array(primary_N[start:stop] == expert)).cast(PART)
+                writer.write_table(chosen, row_group_size=max(1, chosen.num_rows))
+                groups[expert].append(written)
+                written += 1
+                sizes[expert] += pc.sum(pc.binary_length(chosen.column("image"))).as_py()
+            start = stop
+    if start != len(ids_N16):
+        _check_same(context, ids_N16[:0], ids_N16)
+    return groups, sizes
+
+
+def _pieces(tables: Iterable[Any]) -> Iterator[Any]:
+    """Consecutive tables joined until their images fill a piece."""
+    waiting: list[Any] = []
+    size = 0
+    for table in tables:
+        waiting.append(table)
+        size += table.column("image").nbytes
+        if size >= _PIECE_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _check_same(context: UnitContext, found_N16: NDArray[np.uint8], expected_N16: NDArray[np.uint8]) -> None:
+    if not np.array_equal(found_N16, expected_N16):
+        path = context.unit.arguments["path"]
+        raise CorruptFileError(f"the features of {path} are of other examples than the dataset's; rebuild the features")
 
 
 def _merge(context: UnitContext) -> Json:
@@ -205,7 +248,9 @@ def _merge(context: UnitContext) -> Json:
 def _row_groups(context: UnitContext, sources: Sequence[Json]) -> Iterator[Any]:
     for source in sources:
         with context.storage.open_input(source["path"]) as file:
-            yield pq.ParquetFile(file).read_row_group(source["group"])
+            parquet = pq.ParquetFile(file)
+            for group in source["groups"]:
+                yield parquet.read_row_group(group)
 
 
 def cut(tables: Iterable[Any], sizes: Sequence[int]) -> Iterator[Any]:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardmoe.config import Json
+from hardmoe.data.ids import sortable
 from hardmoe.data.images import thumbnail_data_uri
-from hardmoe.data.reading import Labels, example_shards, labels_of, read_examples, sortable, tag_names
+from hardmoe.data.reading import Labels, example_shards, labels_of, read_examples, tag_names
 from hardmoe.data.schemas import ASSIGNMENTS, SPLITS
 from hardmoe.hashing import hash_fractions
 from hardmoe.report.schema import CurvePoint, DatasetFacts, Exemplar, Metrics, Network, Part, ReportData, RouterFit, TagLift
@@ -76,7 +77,8 @@ def _dataset_facts(context: Context) -> DatasetFacts:
         "copies_merged": dataset["copies_merged"],
         "num_tags": vocabulary["num_tags"],
         "top_tags": vocabulary["top_tags"],
-        "dropped_tags": vocabulary["num_below_min_count"] + vocabulary["num_beyond_max_tags"],
+        "dropped_tags": sum(vocabulary["dropped"].values()),
+        "dropped_reasons": {reason: count for reason, count in vocabulary["dropped"].items() if count},
     }
 
 
@@ -107,6 +109,8 @@ def _networks(context: Context) -> list[Network]:
                 "name": name,
                 "backbone": payload["architecture"]["backbone"],
                 "parameters": payload["parameters"],
+                "unique_examples": payload["unique_examples"],
+                "samples_per_epoch": sum(payload["samples_per_epoch"]) / len(payload["samples_per_epoch"]),
                 "examples_seen": payload["examples_seen"],
                 "features": payload["num_features"],
             }

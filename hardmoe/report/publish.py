@@ -34,7 +34,7 @@ def _provenance(storage: Storage, report: Artifact, artifacts: Sequence[Artifact
         units = body.get("num_units", len(body["units"]))
         stages.append({"artifact": artifact.name, "seconds": body["seconds"], "units": units, "started": body["started"]})
     return {
-        "title": storage.uri,
+        "title": storage.where(),
         "command": " ".join(["hardmoe", *own["argv"][1:]]),
         "commit": own["commit"],
         "host": own["host"],

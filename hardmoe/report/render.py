@@ -287,7 +287,7 @@ def group_stages(stages: Sequence[StageTime]) -> list[dict[str, Any]]:
 
 
 def group_networks(networks: Sequence[Network]) -> list[dict[str, Any]]:
-    """Networks in their order; experts of one shape share an entry that sums parameters and examples seen."""
+    """Networks in their order; experts of one shape share an entry that sums what they saw."""
     grouped: dict[tuple[str, str, int, int], list[Network]] = {}
     for network in networks:
         key = (_family(network["name"]), network["backbone"], network["parameters"], network["features"])
@@ -299,6 +299,8 @@ def group_networks(networks: Sequence[Network]) -> list[dict[str, Any]]:
             "backbone": backbone,
             "parameters": parameters,
             "features": features,
+            "unique_examples": sum(member["unique_examples"] for member in members),
+            "samples_per_epoch": round(sum(member["samples_per_epoch"] for member in members)),
             "examples_seen": sum(member["examples_seen"] for member in members),
         }
         for (name, backbone, parameters, features), members in grouped.items()

@@ -59,6 +59,7 @@ class DatasetFacts(TypedDict):
     num_tags: int
     top_tags: list[TagCount]
     dropped_tags: int
+    dropped_reasons: dict[str, int]
 
 
 Reseeded = TypedDict("Reseeded", {"pass": int, "expert": int})
@@ -104,11 +105,13 @@ CurvePoint = TypedDict(
 
 
 class Network(TypedDict):
-    """One trained network; `features` is the width of its embedding."""
+    """One trained network; `features` is the width of its embedding, `samples_per_epoch` the mean over the epochs."""
 
     name: str
     backbone: str
     parameters: int
+    unique_examples: int
+    samples_per_epoch: float
     examples_seen: int
     features: int
 

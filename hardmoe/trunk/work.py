@@ -3,7 +3,7 @@
 from collections.abc import Generator
 
 from hardmoe.config import Json
-from hardmoe.data.reading import num_tags
+from hardmoe.data.reading import num_tags, open_examples
 from hardmoe.hashing import derive_seed
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
 from hardmoe.training.network import Architecture, NetworkJob, train_network
@@ -23,8 +23,8 @@ class TrunkWork:
         config = context.stage.section(TrunkConfig, "trunk")
         vocabulary = context.input("vocabulary")
         job = NetworkJob(
-            architecture=Architecture(config.backbone, config.stem, config.image_size, num_tags(vocabulary)),
-            examples=context.input("dataset"),
+            architecture=Architecture(config.backbone, config.stem, config.image_size, num_tags(vocabulary), config.decode),
+            examples=open_examples(context, "dataset"),
             expert=None,
             vocabulary=vocabulary,
             config=config,

@@ -187,7 +187,8 @@ def oddities(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
         ("dataset.path=nothing", ("/nothing' is a folder; give a pattern such as", "/nothing/*.parquet'")),
         ("dataset.path=photos/", ("/photos/' is a folder; give a pattern such as", "/photos/*.parquet'")),
         ("dataset.path=null", ("the source 'parquet' needs dataset.path",)),
-        ("dataset.path=s3://bucket/a.parquet", ("dataset.path 's3://bucket/a.parquet' is a URI", "copy or mount it here")),
+        ("dataset.path=gs://bucket/a.parquet", ("gs://", "s3://")),
+        ("dataset.path=s3://bucket/a.parquet?zone=eu", ("zone", "s3://bucket/a.parquet")),
         ("dataset.path=odd/text.parquet", ("/odd/text.parquet is not a Parquet file", "correct dataset.path")),
         ("dataset.path=odd/empty.parquet", ("/odd/empty.parquet is not a Parquet file",)),
         ("dataset.path=odd/half.parquet", ("/odd/half.parquet is not a Parquet file",)),
@@ -348,19 +349,19 @@ def test_photos_deleted_while_they_are_read_fail_their_units_and_nothing_else(
         (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
     write_recipe(tmp_path, hashtags={"min_count": 400})
     victim, done = tmp_path / "photos" / "2.parquet", []
-    whole, ingest_shard = victim.read_bytes(), ingest._ingest
+    whole, ingest_shard = victim.read_bytes(), ingest._RUN["ingest"]
 
-    def watched(context: ingest.UnitContext) -> object:
+    def watched(context: ingest.UnitContext, config: ingest.DatasetConfig) -> object:
         victim.unlink(missing_ok=True)
         done.append(context.unit.name)
-        return ingest_shard(context)
+        return ingest_shard(context, config)
 
-    monkeypatch.setattr(ingest, "_ingest", watched)
+    monkeypatch.setitem(ingest._RUN, "ingest", watched)
     sentence = refusal(invoke(tmp_path, *BUILD), 3)
     assert f"{victim} is not there any more; put it back, or correct dataset.path" in sentence
     assert len(done) == 6
     victim.write_bytes(whole)
-    monkeypatch.setattr(ingest, "_ingest", lambda context: (done.append(context.unit.name), ingest_shard(context))[1])
+    monkeypatch.setitem(ingest._RUN, "ingest", lambda c, config: (done.append(c.unit.name), ingest_shard(c, config))[1])
     assert "hashtags.min_count=400" in refusal(invoke(tmp_path, *BUILD))
     assert len(done) == 8, "two units had failed"
 

@@ -98,7 +98,8 @@ INSIDE_EPOCHS = {("trunk",): (3, 6, 9), ("baselines/dense",): tuple(range(2, 22,
 
 MOMENTS = (
     _unit("dataset", "ingest"),
-    _unit("dataset", "write"),
+    _unit("dataset", "merge"),
+    _unit("dataset", "write-copy"),
     _unit("vocabulary", "count"),
     _unit("vocabulary", "label"),
     _begun("trunk"),

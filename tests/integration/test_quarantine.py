@@ -167,11 +167,21 @@ def test_a_thousand_differently_broken_images_are_few_reasons_in_the_record(tmp_
     good: list[Row] = [(example.image, list(example.tags)) for example in real_images(40)]
     cut: list[Row] = [(target.getvalue()[:length], ["a"]) for length in range(300, 700)]
     write(tmp_path, good + cut)
-    root = build_dataset(tmp_path)
+    root = build_dataset(tmp_path, dataset={"max_bad_fraction": 0.95})
     found = payload(root, "dataset")
     assert sum(found["quarantine_reasons"].values()) == found["quarantined"] == len(cut)
     assert len(found["quarantine_reasons"]) <= 5
     assert len({row["reason"] for row in table(root, "dataset/quarantine/*.parquet")}) > len(found["quarantine_reasons"])
+
+
+def test_collection_that_is_mostly_broken_stops_the_run_and_says_what_is_wrong(tmp_path: Path) -> None:
+    good: list[Row] = [(example.image, list(example.tags)) for example in real_images(40)]
+    write(tmp_path, [*good, *((b"<html>404 Not Found</html>", ["a"]) for _ in range(41))])
+    write_recipe(tmp_path)
+    sentence = refusal(invoke(tmp_path, "partition", "--backend", "inline"))
+    assert sentence.startswith("41 of 81 rows cannot be used, more than dataset.max_bad_fraction=0.5 (not an image in a known")
+    assert sentence.endswith("(41)); correct dataset.path and its columns, or raise max_bad_fraction")
+    assert build_dataset(tmp_path, dataset={"max_bad_fraction": 0.51}).exists()
 
 
 def test_split_column_decides_and_a_copy_of_a_held_out_image_is_not_trained_on(tmp_path: Path) -> None:

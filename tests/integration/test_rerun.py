@@ -160,13 +160,13 @@ def test_photos_that_grow_while_they_are_read_are_refused(tmp_path: Path, monkey
     images = real_images(60)
     write_photos(tmp_path / "photos", images[:50])
     write_recipe(tmp_path)
-    write = ingest._write
+    write = ingest._RUN["write-copy"]
 
-    def growing(context: object) -> object:
+    def growing(context: object, config: object) -> object:
         write_photos(tmp_path / "photos", images)
-        return write(context)  # type: ignore[arg-type]
+        return write(context, config)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ingest, "_write", growing)
+    monkeypatch.setitem(ingest._RUN, "write-copy", growing)
     sentence = refusal(invoke(tmp_path, "partition", "--backend", "inline"))
     assert "changed while they were being read" in sentence
     assert not (tmp_path / "runs" / "small" / "dataset" / "artifact.json").exists()

@@ -3,6 +3,8 @@
 Adding to the tables is an ordinary change; taking away from them is one that the changelog must announce.
 """
 
+from collections.abc import Iterator
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -24,6 +26,7 @@ COMMANDS: dict[str, set[str]] = {
     "logs": RECIPE | {"NAME", "--failed"},
     "show": RECIPE | {"NAME", "--json"},
     "verify": RECIPE | {"NAMES"},
+    "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 
 
@@ -33,14 +36,23 @@ def _parameters(command: click.Command) -> set[str]:
     return options | {(p.name or "").upper() for p in command.params if isinstance(p, click.Argument)}
 
 
+def _commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command with its full name, those of groups within the group included."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def test_commands_and_their_options_are_the_frozen_ones() -> None:
-    assert {name: _parameters(command) for name, command in cli.commands.items()} == COMMANDS
+    assert {name: _parameters(command) for name, command in _commands(cli)} == COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_for_itself_and_for_each_option(name: str) -> None:
-    command = cli.commands[name]
-    result = CliRunner().invoke(cli, [name, "--help"])
+    command = dict(_commands(cli))[name]
+    result = CliRunner().invoke(cli, [*name.split(), "--help"])
     assert result.exit_code == 0
     summary = (command.help or "").strip().splitlines()[0]
     assert summary.endswith((".", ":")) or "such as" in summary, f"the help of {name} must be a sentence: {summary!r}"

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+from iconify_layout import LEFT_HALF, write_package
 from support import hardmoe, snapshot
+from yfcc_layout import write_yfcc
 
 from hardmoe.config import Config
 from hardmoe.recipe import Recipe, load_recipe
@@ -98,8 +100,17 @@ def test_written_recipe_is_the_default_recipe(tmp_path: Path) -> None:
     assert written.execution == default.execution
 
 
+def _collect(project: Path, recipe: Path) -> None:
+    """Put a small collection where the recipe looks for its large one; `photos/` is there already."""
+    if recipe.name == "icons390k.yaml":
+        write_package(project / "data" / "iconify" / "package", {"s": {"icons": {"half": {"body": LEFT_HALF}}}})
+    elif recipe.name == "yfcc100m.yaml":
+        write_yfcc(project / "data" / "yfcc100m", project / "images", num_images=3)
+
+
 @pytest.mark.parametrize("recipe", sorted(PIPELINES.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipe_dry_runs_and_builds_nothing(project: Path, recipe: Path) -> None:
+    _collect(project, recipe)
     before = snapshot(project)
     result = hardmoe(project, "run", "--dry-run", "-f", str(recipe))
     assert result.returncode == 0, result.stderr

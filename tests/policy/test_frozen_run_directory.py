@@ -14,6 +14,7 @@ PATHS = """
     dataset/split=test/part-00000-of-*.parquet
     dataset/origin/part-*.parquet
     vocabulary/tags.parquet
+    vocabulary/dropped.parquet
     vocabulary/labels/part-*.parquet
     trunk/model.safetensors
     trunk/trunk.json
@@ -35,8 +36,9 @@ PATHS = """
 
 SCHEMAS = {
     "dataset/split=*/part-*.parquet": "example_id: fixed_size_binary[16], image: binary, tags: list<string>",
-    "dataset/origin/part-*.parquet": "example_id: fixed_size_binary[16], source_uri: string",
+    "dataset/origin/part-*.parquet": "example_id: fixed_size_binary[16], source_uri: string, license: string",
     "vocabulary/tags.parquet": "index: int32, tag: string, count: int64",
+    "vocabulary/dropped.parquet": "tag: string, count: int64, reason: string",
     "vocabulary/labels/part-*.parquet": "example_id: fixed_size_binary[16], tags: list<int32>",
     "features/split=*/part-*.parquet": "example_id: fixed_size_binary[16], feature: fixed_size_list<halffloat>",
     "partition/split=*/expert=*/part-*.parquet": (

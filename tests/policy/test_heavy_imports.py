@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import hardmoe, snapshot
 
-HEAVY = {"torch", "torchvision", "ray", "faiss"}
+HEAVY = {"torch", "torchvision", "ray", "faiss", "boto3"}
 
 _PROBE = """
 import atexit, os, sys

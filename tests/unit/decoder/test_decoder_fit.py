@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hardmoe.data.loader import batch_slice, epoch_order
+from hardmoe.data.resampling import batch_slice, epoch_order
 from hardmoe.decoder.config import DecoderConfig
 from hardmoe.decoder.fit import EmbeddingSet, evaluate, fit
 from hardmoe.errors import DataError, HardmoeError

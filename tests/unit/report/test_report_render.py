@@ -98,7 +98,15 @@ def make_data(num_experts=8, num_points=120):
     generator = np.random.default_rng(5)
     images = [make_image(generator) for _ in range(24)]
     networks = [
-        {"name": name, "backbone": "quicknet_w12", "parameters": 371_204, "examples_seen": 2_436_880, "features": 96}
+        {
+            "name": name,
+            "backbone": "quicknet_w12",
+            "parameters": 371_204,
+            "unique_examples": 304_000,
+            "samples_per_epoch": 304_610.5,
+            "examples_seen": 2_436_880,
+            "features": 96,
+        }
         for name in ["trunk", "dense", *(f"expert-{index:04d}" for index in range(num_experts))]
     ]
     curves = {"trunk": make_curve(generator, num_points, 4.1, 3.0), "dense": make_curve(generator, 2 * num_points, 3.8, 3.2)}
@@ -117,6 +125,7 @@ def make_data(num_experts=8, num_points=120):
             "num_tags": 2000,
             "top_tags": [{"tag": word, "count": 40_000 // (index + 2)} for index, word in enumerate(WORDS)],
             "dropped_tags": 9_204,
+            "dropped_reasons": {"fewer than min_count": 9_000, "on the deny list": 204},
         },
         "metrics": make_metrics(generator),
         "router": {
@@ -397,6 +406,7 @@ def test_groups_sum_the_experts():
     networks = render.group_networks(make_data(8, 20)["networks"])
     assert [(entry["name"], entry["count"]) for entry in networks] == [("trunk", 1), ("dense", 1), ("experts", 8)]
     assert networks[-1]["examples_seen"] == 8 * 2_436_880
+    assert (networks[-1]["unique_examples"], networks[-1]["samples_per_epoch"]) == (8 * 304_000, 8 * 304_610 + 4)
 
 
 @pytest.mark.parametrize(
