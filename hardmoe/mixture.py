@@ -28,8 +28,8 @@ from hardmoe.partitioning.router import Router
 from hardmoe.storage import open_storage
 from hardmoe.training.inference import predict_features
 from hardmoe.training.network import architecture_of, load_network
+from hardmoe.training.staging import inference_batch_size
 
-_BATCH_SIZE = 256
 _CPU = torch.device("cpu")
 
 
@@ -160,6 +160,7 @@ class Mixture:
 
 def _through_float16(network: TagClassifier, pixels_N3SS: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Features as they are stored: rounded to float16, float32 [N, D]."""
-    batches = [features.numpy() for features in predict_features(network.backbone, [pixels_N3SS], _BATCH_SIZE, _CPU)]
+    batch_size = inference_batch_size(pixels_N3SS.shape[-1], _CPU)
+    batches = [features.numpy() for features in predict_features(network.backbone, [pixels_N3SS], batch_size, _CPU)]
     features = np.concatenate(batches) if batches else np.zeros((0, network.backbone.num_features), np.float32)
     return features.astype(np.float16).astype(np.float32)

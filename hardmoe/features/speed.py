@@ -26,10 +26,9 @@ from hardmoe.data.sources.base import RawExample
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError
 from hardmoe.models.backbones import Backbone, build_backbone
-from hardmoe.training.extract import BATCH_SIZE
 from hardmoe.training.inference import device_images, predict_batches
 from hardmoe.training.network import Architecture
-from hardmoe.training.staging import EncodedImage, Staging, staged_batches
+from hardmoe.training.staging import EncodedImage, Staging, inference_batch_size, staged_batches
 
 _KEPT_DECODED = 64
 """Decoded images held for timing the resizing: 64 of 12 megapixels are 2.3 GB."""
@@ -117,7 +116,7 @@ def measure_speed(dataset: DatasetConfig, network: Architecture, num_threads: in
         if not on_cpu:
             steps.append(Step("transfer", _transfer(size, device, seconds), 0, "pinned memory to the GPU"))
         steps.append(Step("network", _network(backbone, size, device, seconds), num_threads if on_cpu else 0, network.backbone))
-        staging = Staging(size, BATCH_SIZE, num_threads, device, reduced)
+        staging = Staging(size, inference_batch_size(size, device), num_threads, device, reduced)
         pipeline = _pipeline(backbone, _endless(dataset, rows, good), staging, seconds)
     finally:
         torch.set_num_threads(previous)
@@ -166,25 +165,27 @@ def _threaded(work: Callable[..., object], items: Sequence[object], num_threads:
 
 
 def _transfer(size: int, device: torch.device, seconds: float) -> float:
-    batch_B3SS = torch.zeros(BATCH_SIZE, 3, size, size, dtype=torch.uint8, pin_memory=True)
+    batch_size = inference_batch_size(size, device)
+    batch_B3SS = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, pin_memory=True)
 
     def once() -> int:
         batch_B3SS.to(device, non_blocking=True)
         torch.cuda.synchronize(device)
-        return BATCH_SIZE
+        return batch_size
 
     return _rate(once, seconds)
 
 
 def _network(backbone: torch.nn.Module, size: int, device: torch.device, seconds: float) -> float:
-    images_B3SS = device_images(torch.randint(0, 256, (BATCH_SIZE, 3, size, size), dtype=torch.uint8), device)
+    batch_size = inference_batch_size(size, device)
+    images_B3SS = device_images(torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8), device)
 
     def once() -> int:
         with torch.inference_mode():
             backbone(images_B3SS)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return BATCH_SIZE
+        return batch_size
 
     return _rate(once, seconds)
 

@@ -21,9 +21,9 @@ from hardmoe.stage import InputArtifact, UnitContext
 from hardmoe.tables import ids_to_array
 from hardmoe.training.determinism import deterministic
 from hardmoe.training.inference import predict_batches
-from hardmoe.training.staging import EncodedImage, Staging, staged_batches
+from hardmoe.training.staging import EncodedImage, Staging, inference_batch_size, staged_batches
 
-BATCH_SIZE = 256
+_ROWS_AT_ONCE = 256
 
 
 def extract_shard(
@@ -55,14 +55,14 @@ def extract_shard(
     ids: list[NDArray[np.uint8]] = []
 
     def images() -> Iterator[EncodedImage]:
-        for table in read_examples(examples, [path], columns=["example_id", "image"], rows=BATCH_SIZE):
+        for table in read_examples(examples, [path], columns=["example_id", "image"], rows=_ROWS_AT_ONCE):
             ids.append(ids_to_array(table.column("example_id")))
             for row, data in zip(ids[-1], table.column("image").to_pylist(), strict=True):
                 yield EncodedImage(row.tobytes(), data)
 
     features: list[Tensor] = []
     num_threads = context.stage.resources.num_cpus
-    staging = Staging(image_size, BATCH_SIZE, num_threads, device, reduced)
+    staging = Staging(image_size, inference_batch_size(image_size, device), num_threads, device, reduced)
     with deterministic(num_threads, device), closing(staged_batches(images(), staging)) as batches:
         for features_BD in predict_batches(backbone.to(device), batches):
             features.append(_to_host(features_BD.to(torch.float16)))

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,10 +61,15 @@ def run(entry: Entry, system: str, directory: Path, cores: int) -> dict[str, flo
     command += ["--size", str(entry.size), "--cores", str(cores), "--began", str(time.time())]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *["--reduced"] * entry.reduced], capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        sys.exit(f"{system} failed:\n{done.stderr[-4000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1]) if system != "prepare" else {}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, *["--reduced"] * entry.reduced], env=environment, **pipes) as child:
+        try:
+            out, err = child.communicate()
+        finally:
+            child.terminate()  # interrupted ourselves: the child stops its Ray and removes what it wrote
+    if child.returncode != 0:
+        sys.exit(f"{system} failed:\n{err[-4000:]}")
+    result: dict[str, float] = json.loads(out.splitlines()[-1]) if system != "prepare" else {}
     return result
 
 
@@ -107,6 +113,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="1,500 files and 2 rounds: shows that it works, measures little")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written is removed then, too
     count, repeats = (1500, 2) if arguments.quick else (arguments.files, arguments.repeats)
     cores = len(os.sched_getaffinity(0))
     results: dict[Entry, list[dict[str, float]]] = defaultdict(list)
@@ -125,7 +132,8 @@ def main() -> None:
                 if measured["images"] != count:
                     sys.exit(f"{entry.label} gave {measured['images']} of {count} images")
                 results[entry].append(measured)
-            print(f"round {round_number + 1} of {repeats} done", file=sys.stderr, flush=True)
+                note = f"{entry.label}, {entry.size} px: {measured['steady']:.0f} images/s"
+                print(f"round {round_number + 1} of {repeats}: {note}", file=sys.stderr, flush=True)
     print("\n".join(table({entry: results[entry] for entry in ENTRIES})))
 
 

@@ -13,6 +13,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import tarfile
 import tempfile
 import time
@@ -24,7 +26,7 @@ import numpy as np
 
 BATCH = 64
 """Images between two notes, and of one batch, for everybody but our stage, whose batches are what they are."""
-UNITS_PER_CORE = 2
+UNITS_PER_CORE = 1
 STEADY_UNTIL = 0.95
 """The rest is the tail, in which cores run out of work one after another."""
 PIXELS = 10**8
@@ -348,6 +350,7 @@ def main() -> None:
     parser.add_argument("--began", type=float, default=0.0)
     parser.add_argument("--reduced", action="store_true")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(dir=arguments.directory) as notes:
         os.environ["EXTRACTION_NOTES"] = notes
         SYSTEMS[arguments.system](arguments.directory, arguments.size, arguments.cores, arguments.reduced)

@@ -193,12 +193,18 @@ def oddities(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
         ("dataset.path=odd/empty.parquet", ("/odd/empty.parquet is not a Parquet file",)),
         ("dataset.path=odd/half.parquet", ("/odd/half.parquet is not a Parquet file",)),
         ("dataset.path=odd/no-rows.parquet", ("have no rows; correct the path",)),
-        ("dataset.path=odd/paths.parquet", ("column 'image' is string, not encoded images", "set dataset.image_column")),
+        ("dataset.path=odd/paths.parquet", ("has 1 rows, none with a usable image (no such file (1))", "correct dataset.path")),
         ("dataset.image_column=img", ("no column 'img', only image, hashtags; set dataset.image_column, perhaps to 'image'",)),
         ("dataset.tags_column=words", ("has no column 'words', only image, hashtags; set dataset.tags_column",)),
         ("dataset.tags_column=image", ("column 'image' is binary, not hashtags", "set dataset.tags_column or convert it")),
         ("dataset.id_column=photo", ("has no column 'photo'", "set dataset.id_column")),
-        ("dataset.source=parkett", ("dataset.source 'parkett' is not one of icons, parquet; did you mean 'parquet'?",)),
+        (
+            "dataset.source=parkett",
+            (
+                "dataset.source 'parkett' is not one of folder, huggingface,",
+                "yfcc100m; did you mean 'parquet'?",
+            ),
+        ),
         ("dataset={source: icons, path: photos}", ("/photos has no icon fonts", "correct dataset.path")),
         ("hashtags.aliases=nowhere.csv", ("/nowhere.csv cannot be read (No such file or directory); correct hashtags.aliases",)),
     ],
@@ -271,7 +277,7 @@ def test_expert_that_the_recipe_does_not_have_is_refused_with_the_range(finished
         ("hardmoe.yaml/run", ("something else stands in its place",)),
         ("/dev/null", ("cannot write /dev/null/recipe.yaml", "choose another root")),
         ("/proc/run", ("cannot write /proc/run/recipe.yaml: no directory can be made there; choose another root",)),
-        ("gs://bucket/run", ("cannot use the root 'gs://bucket/run'", "give a local path")),
+        ("gs://bucket/run", ("cannot use the root 'gs://bucket/run'", "use s3:// or a local path")),
         ("   ", ("the root is empty; give a directory",)),
     ],
 )
@@ -358,7 +364,7 @@ def test_photos_deleted_while_they_are_read_fail_their_units_and_nothing_else(
 
     monkeypatch.setitem(ingest._RUN, "ingest", watched)
     sentence = refusal(invoke(tmp_path, *BUILD), 3)
-    assert f"{victim} is not there any more; put it back, or correct dataset.path" in sentence
+    assert f"cannot read {victim}: there is no such file; put the file back" in sentence
     assert len(done) == 6
     victim.write_bytes(whole)
     monkeypatch.setitem(ingest._RUN, "ingest", lambda c, config: (done.append(c.unit.name), ingest_shard(c, config))[1])

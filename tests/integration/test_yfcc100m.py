@@ -13,7 +13,7 @@ TINY = {
     "dataset.test_fraction": 0.15,
     "dataset.validation_fraction": 0.1,
     "dataset.shard_rows": 16,
-    "dataset.near_duplicates": "'off'",
+    "dataset.near_duplicates": "none",
     "hashtags.min_count": 2,
     "trunk.backbone": "quicknet_w4",
     "trunk.image_size": 16,

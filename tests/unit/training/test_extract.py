@@ -68,7 +68,7 @@ def shard(directory: Path, images: list[bytes]) -> InputArtifact:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract, "BATCH_SIZE", 4)
+    monkeypatch.setattr(extract, "inference_batch_size", lambda size, device: 4)
 
 
 @pytest.fixture
