@@ -9,7 +9,7 @@ def features_stage(config: FeaturesConfig) -> Stage:
     return Stage(
         name="features",
         kind="features",
-        version=1,
+        version=2,
         config={},
         operational={"features": config.operational_values()},
         inputs={"dataset": "dataset", "trunk": "trunk"},
@@ -29,7 +29,7 @@ def external_features_stage(config: FeaturesConfig, sha256: str, named_by_key: b
     return Stage(
         name="features",
         kind="features",
-        version=1,
+        version=2,
         config={"external": {"sha256": sha256, "named_by_key": named_by_key}},
         operational={"features": config.operational_values()},
         inputs={"dataset": "dataset"},

@@ -9,7 +9,7 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
     return Stage(
         name="router",
         kind="router",
-        version=1,
+        version=2,
         config={"partition": config.identity(), "seed": seed},
         inputs={"features": "features"},
         work="hardmoe.partitioning.fit:RouterWork",
@@ -22,7 +22,7 @@ def partition_stage(config: PartitionConfig, seed: int, name: str = "partition")
     return Stage(
         name=name,
         kind="partition",
-        version=1,
+        version=2,
         config={"partition": {"experts": config.experts, "method": config.method}, "seed": seed},
         inputs={"dataset": "dataset", "features": "features", **routed},
         work="hardmoe.partitioning.regroup:PartitionWork",

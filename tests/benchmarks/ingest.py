@@ -31,6 +31,7 @@ import yaml
 
 PIXELS, FILE_ROWS, FEATURES = 8, 500_000, 16
 FILE_BYTES = 54 + 3 * PIXELS**2
+STAGES = ("dataset", "features", "router", "partition")
 COMMAND = [sys.executable, "-c", "from hardmoe.cli.main import main; main()"]
 
 
@@ -118,7 +119,8 @@ def _kind(command: str) -> str:
     if "hardmoe.cli" in command:
         return "driver"
     if command.startswith("ray::"):
-        return "worker: " + (command.removeprefix("ray::").partition("/")[0] or "idle")
+        name = command.removeprefix("ray::").partition("/")[0].strip()
+        return f"worker: {name}" if name in STAGES else "worker: others" if name == "IDLE" else "Ray's own"
     return "Ray's own"
 
 
@@ -148,16 +150,16 @@ def measure(rows: int, shard_rows: int, near: str) -> None:
         print(f"{'all':<12} {seconds:>8.1f} {rows / seconds:>10,.0f}")
         for kind, peak in sorted(watch.peaks.items()):
             print(f"peak memory of {kind:<20} {peak / 2**20:>8,.0f} MiB   {peak / 2**31:.2f} of 2 GiB")
-        plan, _ = run(folder, "partition", "--dry-run")
+        plan, _ = run(folder, "run", "--dry-run")
         again, _ = run(folder, "partition")
-        print(f"start-up of a finished run: --dry-run {plan:.2f} s, again {again:.2f} s")
+        print(f"start-up: run --dry-run {plan:.2f} s, the finished command again {again:.2f} s")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stage_seconds(folder: Path) -> list[tuple[str, float]]:
     found = []
-    for name in ("dataset", "features", "router", "partition"):
+    for name in STAGES:
         body = json.loads((folder / "run" / name / "provenance.json").read_text())
         found.append((name, float(body["seconds"])))
     return found
