@@ -30,6 +30,49 @@ class OutputFile(Protocol):
         ...
 
 
+class HashingWriter:
+    """What an `OutputFile` of any store has in common: it counts, hashes, and answers what pyarrow's writers ask."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of what was written so far."""
+        return self._digest.hexdigest()
+
+    def note(self, data: bytes) -> memoryview:
+        """Take bytes into size and digest; returns them as plain bytes."""
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self.size += view.nbytes
+        return view
+
+    def flush(self) -> None:
+        """Nothing to do, unless the store has something to hand over."""
+
+    def writable(self) -> bool:
+        """Always true."""
+        return True
+
+    def readable(self) -> bool:
+        """Always false."""
+        return False
+
+    def seekable(self) -> bool:
+        """Always false."""
+        return False
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
+
+    def close(self) -> None:
+        """Called by pyarrow's writers; the block that opened the file closes it for good."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file as a listing shows it."""

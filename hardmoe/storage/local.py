@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import time
 import uuid
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from hardmoe.errors import MissingFileError, StorageError
-from hardmoe.storage.base import Entry, join
+from hardmoe.storage.base import Entry, HashingWriter, join
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".tmp-lock"
@@ -220,7 +219,7 @@ def _remove_if_empty(directory: Path) -> None:
             raise
 
 
-class HashedFile:
+class HashedFile(HashingWriter):
     """A new local file that counts and hashes what passes through, and reaches the disk before it is closed.
 
     Args:
@@ -229,48 +228,21 @@ class HashedFile:
     """
 
     def __init__(self, path: Path, target: Path) -> None:
+        super().__init__()
         self._target = target
         with _translated("write", target):
             self._file = path.open("xb")
-        self._digest = hashlib.sha256()
-        self.size = 0
-        self.closed = False
-
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal digest of what was written so far."""
-        return self._digest.hexdigest()
 
     def write(self, data: bytes, /) -> int:
         """Append bytes."""
-        self._digest.update(data)
-        self.size += memoryview(data).nbytes
+        view = self.note(data)
         with _translated("write", self._target):
-            return self._file.write(data)
+            return self._file.write(view)
 
     def flush(self) -> None:
-        """Hand buffered bytes to the system; pyarrow's writers call this."""
+        """Hand buffered bytes to the system."""
         with _translated("write", self._target):
             self._file.flush()
-
-    def writable(self) -> bool:
-        """Always true; pyarrow asks."""
-        return True
-
-    def readable(self) -> bool:
-        """Always false; pyarrow asks."""
-        return False
-
-    def seekable(self) -> bool:
-        """Always false; pyarrow asks."""
-        return False
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.size
-
-    def close(self) -> None:
-        """Called by pyarrow's writers; the block that opened the file closes it for good."""
 
     def __enter__(self) -> "HashedFile":
         return self

@@ -7,11 +7,11 @@ memory. Rejected: boto3's transfer manager, which wants the whole file first and
 """
 
 import contextlib
-import hashlib
 import secrets
 from types import TracebackType
 from typing import Any
 
+from hardmoe.storage.base import HashingWriter
 from hardmoe.storage.s3_client import Patience, patiently
 from hardmoe.storage.s3_errors import ANSWERS, code_of, explained
 from hardmoe.storage.s3_io import Blob
@@ -78,53 +78,22 @@ class Upload:
         return bool(found["Metadata"].get(_TOKEN) == self._token)
 
 
-class S3Output:
-    """An object being written; counts and hashes what passes through. Nothing is visible before `finish`."""
+class S3Output(HashingWriter):
+    """An object being written; counts and hashes what passes through. Nothing is visible before the block ends well."""
 
     def __init__(self, blob: Blob) -> None:
+        super().__init__()
         self._blob = blob
         self._buffer = bytearray()
         self._upload: Upload | None = None
-        self._digest = hashlib.sha256()
-        self.size = 0
-        self.closed = False
-
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal digest of what was written so far."""
-        return self._digest.hexdigest()
 
     def write(self, data: bytes, /) -> int:
         """Append bytes."""
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        self.size += view.nbytes
+        view = self.note(data)
         self._buffer += view
         while len(self._buffer) > (self._upload.next_part_bytes if self._upload else PART_BYTES):
             self._send_part()
         return view.nbytes
-
-    def flush(self) -> None:
-        """Nothing to do; pyarrow's writers call this."""
-
-    def writable(self) -> bool:
-        """Always true; pyarrow asks."""
-        return True
-
-    def readable(self) -> bool:
-        """Always false; pyarrow asks."""
-        return False
-
-    def seekable(self) -> bool:
-        """Always false; pyarrow asks."""
-        return False
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.size
-
-    def close(self) -> None:
-        """Called by pyarrow's writers; the block that opened the file closes it for good."""
 
     def __enter__(self) -> "S3Output":
         return self

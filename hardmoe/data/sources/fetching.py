@@ -10,7 +10,7 @@ import os
 import posixpath
 import stat
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
+from hardmoe.data.sources.base import Location
 from hardmoe.data.sources.fields import MOST_IMAGE_BYTES, TOO_LARGE, UnusableRowError, printable
 from hardmoe.errors import DataError, StorageError
 from hardmoe.storage import LocalStorage, open_storage
@@ -157,6 +158,19 @@ class ImageFolder:
                 if refused == _GIVE_UP and isinstance(found, _RefusedError) and found.__cause__ is not None:
                     raise found.__cause__
                 yield item, found
+
+    def read_again(self, locations: Sequence[Location]) -> Iterator[bytes]:
+        """The files at locations that were noted when they were read the first time, whole, in this order.
+
+        Raises:
+            DataError: one is gone, or is another one by its length.
+        """
+        for location, found in self.read_all(locations, lambda location: location.file):
+            if isinstance(found, UnusableRowError):
+                raise DataError(f"{location.file} cannot be read again ({found}); put it back, or run again")
+            if len(found) != location.length:
+                raise DataError(f"{location.file} was replaced since it was listed; put it back as it was, or run again")
+            yield found
 
     def _attempt(self, named: str | None) -> bytes | UnusableRowError:
         try:

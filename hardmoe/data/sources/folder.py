@@ -212,12 +212,7 @@ class FolderSource:
         # Only a list or a pattern needs a listing to say which folder names are relative to.
         top = self._config.path if self._is_one_folder else self._images.folder
         folder = ImageFolder(str(top), "dataset.path")
-        for location, found in folder.read_all(locations, lambda location: location.file):
-            if isinstance(found, UnusableRowError):
-                raise DataError(f"{location.file} cannot be read again ({found}); put it back, or run again")
-            if len(found) != location.length:
-                raise DataError(f"{location.file} was replaced since it was listed; put it back as it was, or run again")
-            yield found
+        yield from folder.read_again(locations)
 
 
 def _images_in(path: str | list[str] | None) -> Inputs:

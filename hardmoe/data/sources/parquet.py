@@ -218,12 +218,7 @@ class ParquetSource:
 
     def _fetch_files(self, locations: Sequence[Location]) -> Iterator[bytes]:
         folder = self._folder(self._config.image_root or self._inputs.folder or "")
-        for location, found in folder.read_all(locations, lambda location: location.file):
-            if isinstance(found, UnusableRowError):
-                raise DataError(f"{location.file} cannot be read again ({found}); put it back, or run again")
-            if len(found) != location.length:
-                raise DataError(f"{location.file} was replaced since it was listed; put it back as it was, or run again")
-            yield found
+        yield from folder.read_again(locations)
 
     def _fetch_rows(self, locations: Sequence[Location]) -> Iterator[bytes]:
         storages = Storages()

@@ -121,12 +121,7 @@ class Yfcc100mSource:
         Raises:
             DataError: one is gone, or is another than it was.
         """
-        for location, found in self._images.read_all(locations, lambda location: location.file):
-            if isinstance(found, UnusableRowError):
-                raise DataError(f"{location.file} below dataset.image_root cannot be read again ({found}); put it back")
-            if len(found) != location.length:
-                raise DataError(f"{location.file} below dataset.image_root has changed since it was listed; put it back")
-            yield found
+        yield from self._images.read_again(locations)
 
 
 def file_of(address: str) -> str:

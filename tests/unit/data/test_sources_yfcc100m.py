@@ -129,7 +129,7 @@ def test_photo_that_is_gone_or_changed_is_not_fetched(tmp_path: Path) -> None:
     source = source_of(layout.metadata, layout.images)
     file = next(iter(layout.good.values())).file
     size = (layout.images / file).stat().st_size
-    with pytest.raises(DataError, match="has changed"):
+    with pytest.raises(DataError, match="was replaced"):
         list(source.fetch([Location(file, 0, size + 1)]))
     (layout.images / file).unlink()
     with pytest.raises(DataError, match="no such file"):
