@@ -65,8 +65,12 @@ def build(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str
 
 def _tell_left_out(plan: Plan, fresh: set[str]) -> None:
     """Say on stderr how many rows and examples were of no use, and where they are listed."""
-    if "dataset" in fresh and (count := plan.artifacts["dataset"].payload["quarantined"]):
-        click.echo(f"{count} rows could not be used: see dataset/quarantine in the root", err=True)
+    if "dataset" in fresh:
+        payload = plan.artifacts["dataset"].payload
+        if count := payload["quarantined"]:
+            click.echo(f"{count} rows could not be used: see dataset/quarantine in the root", err=True)
+        if (near := payload["near_duplicates"]) and (count := sum(near["removed"].values())):
+            click.echo(f"{count} near-duplicates were removed: see dataset/duplicates in the root", err=True)
     if "vocabulary" in fresh:
         payload = plan.artifacts["vocabulary"].payload
         if count := payload["without_hashtags"] + payload["outside_vocabulary"]:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from hardmoe.config import Config, operational
 
+_WITHOUT_TABLE = ("parquet", "webdataset", "huggingface", "icons", "iconify", "yfcc100m")
 PILLOW_MAX_PIXELS = 178_956_970
 """Images with more pixels are refused by Pillow itself, whatever the recipe says."""
 
@@ -87,6 +88,12 @@ class DatasetConfig(Config):
 
     max_pixels: int = Field(100_000_000, ge=1, le=PILLOW_MAX_PIXELS)
     """Images with more pixels are refused as decompression bombs; above the upper bound Pillow itself refuses them."""
+
+    @model_validator(mode="after")
+    def _reads_the_table_it_is_given(self) -> Self:
+        if self.tags_path is not None and self.source in _WITHOUT_TABLE:
+            raise ValueError(f"tags_path is for source: folder, and '{self.source}' has its hashtags elsewhere; take it out")
+        return self
 
     @model_validator(mode="after")
     def _stores_what_it_scales(self) -> Self:

@@ -155,13 +155,29 @@ def _check_ingested(config: DatasetConfig, ingested: Sequence[Completion]) -> No
         found = f"{bad} rows, none with a usable image ({examples})" if bad else "no rows at all"
         raise DataError(
             f"the source '{config.source}' at {config.path or 'its packaged files'} has {found}; "
-            "correct dataset.path and its columns"
+            "correct dataset.path and its columns" + (" or dataset.image_root" if "no such file" in reasons else "")
         )
+    if config.source == "folder" and not any(done.payload["tagged"] for done in ingested):
+        raise DataError(_without_hashtags(config, good, examples))
     if bad > config.max_bad_fraction * (good + bad):
         raise DataError(
             f"{bad} of {good + bad} rows cannot be used, more than dataset.max_bad_fraction={config.max_bad_fraction:g} "
             f"({examples}); correct dataset.path and its columns, or raise max_bad_fraction"
         )
+
+
+def _without_hashtags(config: DatasetConfig, num_images: int, reasons: str) -> str:
+    """Why no image of a folder has a hashtag: known here, before anything is copied."""
+    if config.tags_path is None:
+        return (
+            f"none of the {num_images} images below {config.path} lies in a folder of its own, whose name would be its hashtag; "
+            "set dataset.tags_path to a table of hashtags"
+        )
+    told = f" ({reasons})" if reasons else ""
+    return (
+        f"no row of {config.tags_path} gives any of the {num_images} images below {config.path} a hashtag{told}; its paths must "
+        "be relative to dataset.path, and dataset.tags_column must name its column of hashtags"
+    )
 
 
 def _reasons(ingested: Sequence[Completion]) -> Counter[str]:

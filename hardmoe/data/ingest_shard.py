@@ -68,7 +68,13 @@ def ingest_shard(context: UnitContext, config: DatasetConfig) -> Json:
         name = f"quarantine/part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
         columns = {"source_uri": [row.source_uri for row in bad], "reason": [row.reason for row in bad]}
         write_table(context.output(name), build_table(QUARANTINE, columns))
-    return {"rows": len(rows), "bytes": size, "reasons": dict(sorted(Counter(_kind(row.reason) for row in bad).items()))}
+    tagged = sum(1 for tags in rows.columns["tags"] if tags)
+    return {
+        "rows": len(rows),
+        "tagged": tagged,
+        "bytes": size,
+        "reasons": dict(sorted(Counter(_kind(row.reason) for row in bad).items())),
+    }
 
 
 def _write_rows(context: UnitContext, rows: _Rows) -> None:

@@ -141,7 +141,8 @@ def _write_signatures(context: UnitContext, rows: Any, merged: Mapping[str, Any]
     first = pa.array(merged["starts"])
     hashes_E = rows.column("hash").take(first).to_numpy()
     save_arrays(context.scratch("hashes"), {"hash": hashes_E, "split": splits_E})
-    save_arrays(context.scratch("contents"), {"content_id": ids_to_array(merged["content_id"])})
+    ids = {name: ids_to_array(merged[name]) for name in ("content_id", "example_id")}
+    save_arrays(context.scratch("names"), ids)
     with context.scratch("thumbnails") as out:
         # Nothing but one after another, all of one length: a row is found by its number.
         for chunk in rows.column("thumbnail").take(first).chunks:

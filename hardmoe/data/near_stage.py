@@ -67,7 +67,7 @@ def near_phases(
 ) -> Generator[Phase, list[Completion], NearResult]:
     """Search, then decide."""
     places = [
-        {"rows": done.payload["examples"], **{name: done.scratch[name] for name in ("hashes", "contents", "thumbnails")}}
+        {"rows": done.payload["examples"], **{name: done.scratch[name] for name in ("hashes", "names", "thumbnails")}}
         for done in merged
         if done.payload["examples"]
     ]
@@ -118,11 +118,11 @@ class _Rows:
     def splits(self) -> NDArray[np.int8]:
         return np.concatenate([load_arrays(self.context.storage, place["hashes"])["split"] for place in self.places])
 
-    def content_ids(self, rows_T: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """uint8 [T, 16]; rows in ascending order."""
+    def ids(self, rows_T: NDArray[np.int64], kind: str) -> NDArray[np.uint8]:
+        """`content_id` or `example_id` of rows in ascending order, uint8 [T, 16]."""
         found = [np.zeros((0, 16), np.uint8)]
         for place, within in self._divided(rows_T):
-            found.append(load_arrays(self.context.storage, place["contents"])["content_id"][within])
+            found.append(load_arrays(self.context.storage, place["names"])[kind][within])
         return np.concatenate(found)
 
     def thumbnails(self, rows_T: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -189,10 +189,11 @@ def _decide(context: UnitContext) -> Json:
     first_P, second_P = at[: len(first_P)], at[len(first_P) :]
     splits_T = rows.splits()[rows_T]
     decision = decide(first_P, second_P, splits_T, context.unit.arguments["policy"])
-    ids_T16 = rows.content_ids(rows_T)
-    save_arrays(context.scratch("removed"), {"content_id": ids_T16[decision.removed_T]})
+    save_arrays(context.scratch("removed"), {"content_id": rows.ids(rows_T, "content_id")[decision.removed_T]})
     if len(rows_T):
-        _write_table(context, ids_T16, splits_T, decision, _nearest(first_P, second_P, difference_P, len(rows_T)))
+        _write_table(
+            context, rows.ids(rows_T, "example_id"), splits_T, decision, _nearest(first_P, second_P, difference_P, len(rows_T))
+        )
     removed = {split: int(decision.removed_T[splits_T == code].sum()) for code, split in enumerate(SPLITS)}
     return {"examples": len(rows_T), "groups": len(np.unique(decision.groups_T)), "removed": removed}
 
@@ -215,7 +216,7 @@ def _write_table(
     nearest_T: NDArray[np.float32],
 ) -> None:
     columns = {
-        "content_id": ids_from_array(ids_T16),
+        "example_id": ids_from_array(ids_T16),
         "group": ids_from_array(ids_T16[decision.groups_T]),
         "split": pa.array([SPLITS[code] for code in splits_T]),
         "difference": nearest_T,

@@ -21,10 +21,10 @@ row), and the digest that it must have."""
 ORIGIN = pa.schema([("example_id", ID_TYPE), ("source_uri", pa.string()), ("license", pa.string())])
 """`dataset/origin`: where every copy of an example came from, and under which licence."""
 DUPLICATES = pa.schema(
-    [("content_id", ID_TYPE), ("group", ID_TYPE), ("split", pa.string()), ("difference", pa.float32()), ("removed", pa.bool_())]
+    [("example_id", ID_TYPE), ("group", ID_TYPE), ("split", pa.string()), ("difference", pa.float32()), ("removed", pa.bool_())]
 )
-"""`dataset/duplicates`: images that nearly equal another one, by the head of their SHA-256, which is the example id unless
-examples have names. `group` is the smallest id of all that hang together, `difference` the measure to the nearest of them."""
+"""`dataset/duplicates`: images that nearly equal another one; `dataset/origin` says where each is. `group` is one of all that
+hang together, `difference` the measure to the nearest of them."""
 QUARANTINE = pa.schema([("source_uri", pa.string()), ("reason", pa.string())])
 """`dataset/quarantine`: rows that could not be used, and why."""
 SOURCE_FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("digest", pa.string())])

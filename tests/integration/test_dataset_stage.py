@@ -169,7 +169,7 @@ def test_near_duplicates_of_held_out_images_are_not_trained_on(tmp_path: Path, s
         assert listed == [] and payload(root)["near_duplicates"] is None
         return
     assert trained_on.isdisjoint(content_id(data) for data in versions[:10])
-    removed = {row["content_id"] for row in listed if row["removed"]}
+    removed = {row["example_id"] for row in listed if row["removed"]}
     assert removed == {content_id(data) for data in images} - trained_on - held_out
     assert payload(root)["near_duplicates"]["removed"] == {"train": 60 - train_left, "validation": 0, "test": 0}
 
@@ -187,6 +187,56 @@ def test_images_are_stored_scaled_down_and_named_by_what_they_were(tmp_path: Pat
             assert image.size == (48, 48)
             assert image.format == ("JPEG" if number % 2 else "PNG")
     assert all(stored[content_id(data)] == data for data in small)
+
+
+def folder_of(directory: Path, names: dict[str, bytes], table: str | None) -> dict[str, Any]:
+    """Pictures in a folder, and perhaps a table of hashtags; returns the recipe's section."""
+    for name, data in names.items():
+        path = directory / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    section: dict[str, Any] = {"source": "folder", "path": "pictures"}
+    if table is not None:
+        (directory / "tags.csv").write_text(table)
+        section["tags_path"] = "tags.csv"
+    return section
+
+
+@pytest.mark.parametrize(
+    ("table", "sentences"),
+    [
+        (None, ("none of the 20 images below", "lies in a folder of its own", "set dataset.tags_path")),
+        ("path,hashtags\npictures/00.png,a\n", ("gives any of the 20 images", "no such file (1)", "relative to dataset.path")),
+        ("path,hashtags\n00.png,\n", ("gives any of the 20 images", "dataset.tags_column must name its column")),
+    ],
+)
+def test_folder_whose_hashtags_are_not_found_is_told_before_anything_is_written(
+    tmp_path: Path, table: str | None, sentences: tuple[str, ...]
+) -> None:
+    pictures = {f"{number:02d}.png": row.image for number, row in enumerate(IMAGES[:20])}
+    write_recipe(tmp_path, dataset=folder_of(tmp_path, pictures, table))
+    sentence = refusal(invoke(tmp_path, "partition", "--backend", "inline"))
+    assert all(part in sentence for part in sentences), sentence
+    assert not (tmp_path / "runs" / "small" / "dataset" / "artifact.json").exists()
+
+
+def test_near_duplicates_of_named_examples_are_listed_by_their_names(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    images = [encoded(photograph(seed)) for seed in range(12)]
+    images += [encoded(photograph(seed), "JPEG", quality=80) for seed in range(3)]
+    names = [f"photo-{number}" for number in range(len(images))]
+    (tmp_path / "photos").mkdir()
+    splits = ["test"] * 3 + ["train"] * 12
+    columns = {"image": images, "hashtags": [["a", "b"]] * len(images), "name": names, "part": splits}
+    pq.write_table(pa.table(columns), tmp_path / "photos" / "0.parquet")
+    root = partition(tmp_path, dataset={"id_column": "name", "split_column": "part"}, partition={"experts": 2})
+    ids = {name: hashlib.sha256(f"key:{name}".encode()).digest()[:16] for name in names}
+    listed = {row["example_id"]: row for row in table(root, "dataset/duplicates/*.parquet")}
+    assert set(listed) == {ids[names[k]] for k in (0, 1, 2, 12, 13, 14)}
+    assert {row["example_id"] for row in listed.values() if row["removed"]} == {ids[names[k]] for k in (12, 13, 14)}
+    assert all(listed[ids[names[k]]]["group"] == listed[ids[names[k + 12]]]["group"] for k in range(3))
+    assert set(listed) <= {row["example_id"] for row in table(root, "dataset/origin/*.parquet")}
 
 
 def test_same_run_on_several_workers_writes_the_same_records(tmp_path: Path) -> None:
