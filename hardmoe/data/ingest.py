@@ -96,6 +96,8 @@ def _store(config: DatasetConfig, source: Source, inventory: Inventory) -> str:
     if config.store != "auto":
         return config.store
     size = sum(size for size, _ in inventory.files.values())
+    # Nothing in a compressed archive has a place of its own.
+    can_refer = can_refer and not any(name.endswith((".gz", ".tgz")) for name in inventory.files)
     return "reference" if can_refer and size > _AUTO_COPY_BYTES and config.store_size is None else "copy"
 
 
@@ -154,7 +156,7 @@ def _check_ingested(config: DatasetConfig, ingested: Sequence[Completion]) -> No
     if not good:
         found = f"{bad} rows, none with a usable image ({examples})" if bad else "no rows at all"
         raise DataError(
-            f"the source '{config.source}' at {config.path or 'its packaged files'} has {found}; "
+            f"the source '{config.source}' at {_listed(config.path or 'its packaged files')} has {found}; "
             "correct dataset.path and its columns" + (" or dataset.image_root" if "no such file" in reasons else "")
         )
     if config.source == "folder" and not any(done.payload["tagged"] for done in ingested):
@@ -170,14 +172,18 @@ def _without_hashtags(config: DatasetConfig, num_images: int, reasons: str) -> s
     """Why no image of a folder has a hashtag: known here, before anything is copied."""
     if config.tags_path is None:
         return (
-            f"none of the {num_images} images below {config.path} lies in a folder of its own, whose name would be its hashtag; "
+            f"none of the {num_images} images below {_listed(config.path)} lies in a folder whose name would be its hashtag; "
             "set dataset.tags_path to a table of hashtags"
         )
     told = f" ({reasons})" if reasons else ""
     return (
-        f"no row of {config.tags_path} gives any of the {num_images} images below {config.path} a hashtag{told}; its paths must "
-        "be relative to dataset.path, and dataset.tags_column must name its column of hashtags"
+        f"no row of {config.tags_path} gives any of the {num_images} images below {_listed(config.path)} a hashtag{told}; its "
+        "paths must be relative to dataset.path, and dataset.tags_column must name its column of hashtags"
     )
+
+
+def _listed(path: str | list[str] | None) -> str:
+    return ", ".join(path) if isinstance(path, list) else str(path)
 
 
 def _reasons(ingested: Sequence[Completion]) -> Counter[str]:
@@ -201,6 +207,11 @@ def _summary(
     near: NearResult,
 ) -> Json:
     sizes = {split: sum(done.payload["sizes"][split] for done in written) for split in SPLITS}
+    if not sizes["train"] and near.summary() and (removed := near.summary()["removed"]["train"]):
+        raise DataError(
+            f"no example is left for training, since all {removed} training images nearly equal others; "
+            "set dataset.near_duplicates: none, or lower dataset.near_difference"
+        )
     if not sizes["train"]:
         raise DataError(f"no example is left for training ({sizes}); lower dataset.test_fraction or correct dataset.split_column")
     reasons = _reasons(ingested)

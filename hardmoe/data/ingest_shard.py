@@ -131,7 +131,9 @@ def _put_by(row: RawExample, image_HW3: Any, config: DatasetConfig, images: Outp
 
 def _referred(row: RawExample, config: DatasetConfig) -> dict[str, Any]:
     if row.location is None:
-        raise DataError(f"{row.source_uri} cannot be read again by itself (a compressed archive?); set dataset.store: copy")
+        raise DataError(
+            f"{row.source_uri} cannot be read again by itself (compressed, or its name is no Unicode); set dataset.store: copy"
+        )
     return {"file": row.location.file, "offset": row.location.offset, "length": row.location.length}
 
 

@@ -42,7 +42,7 @@ INGESTED = pa.schema(
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("hash", pa.uint64()),
-        ("thumbnail", pa.binary()),
+        ("thumbnail", pa.large_binary()),
     ]
 )
 """Rows of a source that can be used, between the phases of the dataset stage. The bytes lie at `offset` of the source's `file`,

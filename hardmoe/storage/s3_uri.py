@@ -73,8 +73,8 @@ def parse_s3_uri(uri: str) -> S3Place:
     if not _BUCKET.fullmatch(bucket):
         raise StorageError(f"cannot use '{SCHEME}{place}': '{bucket}' is no bucket name; write s3://bucket/prefix")
     prefix = unquote(prefix).strip("/")
-    if ".." in prefix.split("/"):
-        raise StorageError(f"cannot use '{SCHEME}{place}': a prefix must be without '..'")
+    if ".." in prefix.split("/") or any(ord(character) < 32 for character in prefix):
+        raise StorageError(f"cannot use '{SCHEME}{place}': a prefix must be without '..' and without control characters")
     return S3Place(bucket, prefix, _access(f"{SCHEME}{place}", query))
 
 
@@ -100,8 +100,13 @@ def _access(place: str, query: str) -> S3Access:
 def _check_endpoint(place: str, endpoint: str | None) -> None:
     if endpoint is None:
         return
-    parts = urlsplit(endpoint)
+    wrong = StorageError(f"{place}: the option 'endpoint' is '{endpoint}'; write it as endpoint=https://host:port")
+    try:
+        parts = urlsplit(endpoint)
+        _ = parts.port
+    except ValueError as error:
+        raise wrong from error
     if "@" in parts.netloc:
         raise StorageError(f"{place}: the option 'endpoint' must hold no credentials; take them out and set AWS_PROFILE")
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise StorageError(f"{place}: the option 'endpoint' is '{endpoint}'; write it as endpoint=https://host:port")
+        raise wrong

@@ -205,7 +205,7 @@ def folder_of(directory: Path, names: dict[str, bytes], table: str | None) -> di
 @pytest.mark.parametrize(
     ("table", "sentences"),
     [
-        (None, ("none of the 20 images below", "lies in a folder of its own", "set dataset.tags_path")),
+        (None, ("none of the 20 images below", "lies in a folder whose name", "set dataset.tags_path")),
         ("path,hashtags\npictures/00.png,a\n", ("gives any of the 20 images", "no such file (1)", "relative to dataset.path")),
         ("path,hashtags\n00.png,\n", ("gives any of the 20 images", "dataset.tags_column must name its column")),
     ],
@@ -218,6 +218,19 @@ def test_folder_whose_hashtags_are_not_found_is_told_before_anything_is_written(
     sentence = refusal(invoke(tmp_path, "partition", "--backend", "inline"))
     assert all(part in sentence for part in sentences), sentence
     assert not (tmp_path / "runs" / "small" / "dataset" / "artifact.json").exists()
+
+
+def test_near_duplicates_that_leave_nothing_to_train_on_are_named_as_the_reason(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    images = [encoded(photograph(0)), *(encoded(photograph(0), "JPEG", quality=quality) for quality in range(60, 95))]
+    (tmp_path / "photos").mkdir()
+    columns = {"image": images, "hashtags": [["a"]] * len(images), "part": ["test"] + ["train"] * (len(images) - 1)}
+    pq.write_table(pa.table(columns), tmp_path / "photos" / "0.parquet")
+    write_recipe(tmp_path, dataset={"split_column": "part"})
+    sentence = refusal(invoke(tmp_path, "partition", "--backend", "inline"))
+    assert sentence.startswith("no example is left for training, since all 35 training images nearly equal others;")
+    assert "dataset.near_duplicates: none" in sentence
 
 
 def test_near_duplicates_of_named_examples_are_listed_by_their_names(tmp_path: Path) -> None:

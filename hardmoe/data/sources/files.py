@@ -7,11 +7,12 @@ are half-finished downloads and caches. Rejected: `fsspec`, whose listings say n
 another way of giving credentials than the run's root has.
 """
 
+import errno
 import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -226,9 +227,21 @@ def _walk(top: str) -> Iterator[str]:
             with os.scandir(folder) as children:
                 shown = [child for child in children if not child.name.startswith(".")]
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                continue
             raise DataError(f"{printable(folder)} cannot be listed ({error.strerror}); make it readable") from error
-        waiting += [(child.path, above | {here}) for child in shown if child.is_dir()]
-        yield from (child.path for child in shown if child.is_file())
+        waiting += [(child.path, above | {here}) for child in shown if _is(child.is_dir)]
+        yield from (child.path for child in shown if _is(child.is_file))
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """False for a link that leads in a circle, which the system reports as an error and not as no file."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 # An object store

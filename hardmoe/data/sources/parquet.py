@@ -177,6 +177,7 @@ class ParquetSource:
         with _opened(Storages()[shard.items["root"]], shard.items["path"]) as file:
             where = f"{shard.items['root']}/{shard.items['path']}".partition("?")[0]
             self._check_columns(file.schema_arrow, where)
+            _check_groups(file, shard, where)
             rows = _rows(file, range(*shard.items["row_groups"]), columns, (where, first_row))
             if _is_string(file.schema_arrow.field(self._config.image_column).type):
                 yield from self._followed(rows, shard)
@@ -246,12 +247,24 @@ def _below(folder: str, named: str | None) -> str | None:
     return f"{folder}/{named}"
 
 
+def _check_groups(file: pq.ParquetFile, shard: SourceShard, where: str) -> None:
+    """Refuse a file that was replaced since its row groups were listed."""
+    first, end = shard.items["row_groups"]
+    known = end <= file.metadata.num_row_groups
+    if not known or sum(file.metadata.row_group(g).num_rows for g in range(first, end)) != shard.items["num_rows"]:
+        raise DataError(f"{where} changed while it was being read; wait until it is complete, then run again")
+
+
 def _rows(
     file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str], place: tuple[str, int]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number and values of every row of some row groups; arguments and errors are those of `_batches`."""
     for first, batch in _batches(file, groups, columns, place):
-        lists = [batch.column(column).to_pylist() for column in columns]
+        try:
+            lists = [batch.column(column).to_pylist() for column in columns]
+        except UnicodeDecodeError as error:
+            last = first + batch.num_rows - 1
+            raise DataError(f"{place[0]} has text that is not UTF-8 in rows {first} to {last}; write it again") from error
         for row, values in enumerate(zip(*lists, strict=True), first):
             yield row, dict(zip(columns, values, strict=True))
 

@@ -117,6 +117,8 @@ class TagsTable:
         """Records of a CSV file; the reader takes one line at a time, so the file stands where the next record begins."""
         # Bytes that are no UTF-8 spoil their own row only.
         text = (line.decode("utf-8", "surrogateescape") for line in self._lines(source))
+        # The module's own limit of 128 kB is the process's; a row with many hashtags is longer, and lines are bounded above.
+        csv.field_size_limit(max(csv.field_size_limit(), _MOST_LINE_BYTES))
         reader = csv.reader(text, delimiter=_DELIMITERS[self._ending], strict=True)
         try:
             yield from reader

@@ -136,6 +136,17 @@ def test_links_are_followed_keep_their_names_and_may_go_in_circles(tmp_path: Pat
     assert [file.size for file in found.source_files()] == [1, 1]
 
 
+@pytest.mark.parametrize("pattern", ["photos", "photos/**"])
+def test_link_to_itself_is_passed_over(tmp_path: Path, pattern: str) -> None:
+    """Seen: "Too many levels of symbolic links" and a traceback, from one bad link among a million photos."""
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "a" / "1.png").write_bytes(b"x")
+    (tmp_path / "photos" / "self").symlink_to("self")
+    (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    found = [file.name for file in find(f"{tmp_path}/{pattern}", IMAGES).source_files()]
+    assert "a/1.png" in found and not any("self" in name for name in found)
+
+
 def test_folder_that_is_no_file_and_pipes_are_not_found(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").mkdir()
     os.mkfifo(tmp_path / "b.parquet")

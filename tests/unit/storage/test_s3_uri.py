@@ -53,6 +53,14 @@ def test_any_name_survives_the_way_through_a_uri(name: str) -> None:
             "s3://photos/a: the option 'endpoint' must hold no credentials; take them out and set AWS_PROFILE",
         ),
         (
+            "s3://photos?endpoint=http://[::1",
+            "s3://photos: the option 'endpoint' is 'http://[::1'; write it as endpoint=https://host:port",
+        ),
+        (
+            "s3://photos?endpoint=http://host:99999",
+            "s3://photos: the option 'endpoint' is 'http://host:99999'; write it as endpoint=https://host:port",
+        ),
+        (
             "s3://photos?endpoint=host:9000",
             "s3://photos: the option 'endpoint' is 'host:9000'; write it as endpoint=https://host:port",
         ),
@@ -65,7 +73,7 @@ def test_any_name_survives_the_way_through_a_uri(name: str) -> None:
         ),
         ("s3:///run", "cannot use 's3:///run': '' is no bucket name; write s3://bucket/prefix"),
         ("s3://my photos/run", "cannot use 's3://my photos/run': 'my photos' is no bucket name; write s3://bucket/prefix"),
-        ("s3://photos/a/../b", "cannot use 's3://photos/a/../b': a prefix must be without '..'"),
+        ("s3://photos/a/../b", "cannot use 's3://photos/a/../b': a prefix must be without '..' and without control characters"),
         ("gs://photos/run", "cannot use the root 'gs://photos/run': gs:// is not supported yet; use s3:// or a local path"),
         (
             "http://me:hunter2@host/run",
