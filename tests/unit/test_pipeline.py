@@ -49,9 +49,9 @@ def test_external_features_stand_on_the_dataset_alone_and_are_known_by_content()
     assert first.config != keyed.config
 
 
-def test_own_features_have_the_identity_that_they_had_before_others_were_accepted() -> None:
+def test_own_features_have_an_identity_without_files_and_threads() -> None:
     stage = stages_of(features={"num_threads": 3})["features"]
-    assert (stage.kind, stage.version, stage.config) == ("features", 1, {})
+    assert (stage.kind, stage.version, stage.config) == ("features", 2, {})
     assert stage.inputs == {"dataset": "dataset", "trunk": "trunk"}
     assert stage.resources.num_cpus == 3
 

@@ -199,7 +199,6 @@ def test_broken_lines_of_json_spoil_themselves_only(photos: Path) -> None:
         ("t.csv", "", {}, "has no header"),
         ("t.csv", "path,path,hashtags\n", {}, "more than one column 'path'"),
         ("t.csv", 'path,hashtags\n"1.jpg,x\n', {}, r"is no CSV file near byte \d+"),
-        ("t.csv", "path,hashtags\n" + "x" * 200_000, {}, r"is no CSV file near byte \d+ \(field larger"),
         ("t.jsonl", "", {}, "has no usable row"),
         ("t.jsonl", "nonsense\n", {}, "has no usable row"),
         ("t.jsonl", '{"path": "1.jpg", "tags": []}\n', {}, r"no column 'hashtags', only path, tags; set dataset\.tags_column"),
@@ -271,3 +270,15 @@ def test_fetching_what_is_gone_or_was_replaced_names_it(photos: Path) -> None:
     (photos / "1.jpg").unlink()
     with pytest.raises(DataError, match=r"1\.jpg cannot be read again \(no such file\)"):
         list(source.fetch([Location("1.jpg", 0, 5)]))
+
+
+def test_row_with_a_hundred_thousand_hashtags_is_read(tmp_path: Path) -> None:
+    """Seen: the whole run stopped at a cell of more than 128 kB, the limit of Python's own reader."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(b"image")
+    tags = " ".join(f"tag{number}" for number in range(100_000))
+    (tmp_path / "t.csv").write_text(f"path,hashtags\n1.jpg,{tags}\n")
+    section = {"source": "folder", "path": str(tmp_path / "photos"), "tags_path": str(tmp_path / "t.csv")}
+    source = FolderSource(DatasetConfig.model_validate(section))
+    (row,) = [row for shard in source.shards() for row in source.read(shard)]
+    assert isinstance(row, RawExample) and len(row.tags) == 100_000
