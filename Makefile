@@ -39,7 +39,7 @@ lint: $(READY) ## Check style and types
 	@echo "ruff format --check" && $(BIN)/ruff format --quiet --check .
 	@echo "mypy --strict hardmoe" && $(BIN)/mypy --no-error-summary hardmoe
 
-test: lint ## Check style and types, then run the tests (under 10 minutes on two cores)
+test: lint ## Check style and types, then run the tests (about a quarter of an hour on two cores)
 	@echo "pytest" && $(BIN)/pytest
 
 test-slow: $(READY) ## Run the long campaigns
