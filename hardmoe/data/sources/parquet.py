@@ -125,6 +125,17 @@ class ParquetSource:
         """
         return self._inputs.source_files()
 
+    def names_images(self) -> bool:
+        """Whether the first table's images are paths or URIs, which all tables' common folder or `image_root` leads to."""
+        files = self._inputs.files.items()
+        if self._config.image_root is None and any(name != file.path for name, file in files):
+            return False
+        _, first = next(iter(files))
+        storage = Storages()[first.root]
+        with _opened(storage, first.path) as opened:
+            self._check_columns(opened.schema_arrow, storage.where(first.path))
+            return _is_string(opened.schema_arrow.field(self._config.image_column).type)
+
     def shards(self) -> list[SourceShard]:
         """Ranges of row groups, numbered over all files.
 
