@@ -59,18 +59,20 @@ def build(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, lambda: _backend(recipe.execution, display), reporter, limits).run(plan)
-        _tell_left_out(plan, missing)
+        _tell_left_out(recipe, plan, missing)
     return Built(store, recipe, plan, frozenset(missing))
 
 
-def _tell_left_out(plan: Plan, fresh: set[str]) -> None:
-    """Say on stderr how many rows and examples were of no use, and where they are listed."""
+def _tell_left_out(recipe: Recipe, plan: Plan, fresh: set[str]) -> None:
+    """Say on stderr how many rows and examples were of no use, where they are listed, and what was not copied."""
     if "dataset" in fresh:
         payload = plan.artifacts["dataset"].payload
         if count := payload["quarantined"]:
             click.echo(f"{count} rows could not be used: see dataset/quarantine in the root", err=True)
         if (near := payload["near_duplicates"]) and (count := sum(near["removed"].values())):
             click.echo(f"{count} near-duplicates were removed: see dataset/duplicates in the root", err=True)
+        if payload["store"] == "reference" and recipe.dataset.store == "auto":
+            click.echo("no image was copied (dataset.store: auto): keep them where they are until the run is through", err=True)
     if "vocabulary" in fresh:
         payload = plan.artifacts["vocabulary"].payload
         if count := payload["without_hashtags"] + payload["outside_vocabulary"]:
