@@ -317,7 +317,8 @@ def _tag_chart(data: ReportData) -> Markup | None:
     return charts.bar_chart(Captions("chart-tags", "The most frequent hashtags"), bars) if bars else None
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Jinja2 with the package's templates, and the formats above as filters."""
     environment = Environment(
         loader=PackageLoader("hardmoe.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -342,7 +343,7 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
     """
     stages, largest = group_stages(provenance["stages"]), max((part["sizes"]["train"] for part in data["parts"]), default=0)
     return (
-        _environment()
+        page_environment()
         .get_template("page.html")
         .render(
             data=data,
