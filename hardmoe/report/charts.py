@@ -313,7 +313,8 @@ def profile_chart(captions: Captions, profiles: Sequence[Profile]) -> Markup:
         css = _class(profile.style)
         places = [(x(math.log(number)), point) for number, point in profile.points]
         drawn = " ".join(f"{at:.1f},{y(point.value):.1f}" for at, point in places)
-        pieces.append(Markup('<polyline points="{}" class="line thin {}"/>').format(drawn, css))
+        line = Markup('<polyline points="{}" class="line thin {}"><title>{}</title></polyline>')
+        pieces.append(line.format(drawn, css, profile.name))
         for at, point in places:
             pieces.append(_line(at, y(point.low), at, y(point.high), f"interval {css}"))
             dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3.2" class="dot {}"><title>{}: {}</title></circle>')
@@ -340,3 +341,19 @@ def strip_chart(captions: Captions, rows: Sequence[tuple[str, Sequence[Bar]]]) -
     pieces.append(_text(0, 12, captions.y_label, "label axis-label"))
     told = "; ".join(f"{name}: {', '.join(bar.text for bar in bars[:3])}" for name, bars in rows)
     return _svg(captions, 24 + len(rows) * row, pieces, f"{captions.note} The largest of each: {told}.".strip())
+
+
+def density_chart(captions: Captions, counts: Sequence[int], others: Sequence[int], low: float, high: float) -> Markup:
+    """A part's histogram over [low, high] as a filled step, with the outline of all parts'; each is as high as the chart."""
+    left, right, top, bottom = 2.0, WIDTH - 2.0, 4.0, 46.0
+    x = Scale(0.0, float(len(counts)), left, right)
+    pieces = []
+    for values, css, hint in ((counts, "area", "this part"), (others, "line quiet outline", "all parts together")):
+        y = Scale(0.0, float(max(1, *values)), bottom, top)
+        steps = [(x(index + side), y(value)) for index, value in enumerate(values) for side in (0, 1)]
+        points = " ".join(f"{a:.0f},{b:.1f}" for a, b in [(left, bottom), *steps, (right, bottom)])
+        pieces.append(Markup('<polyline points="{}" class="{}"><title>{}</title></polyline>').format(points, css, hint))
+    pieces.append(_line(left, bottom, right, bottom, "axis"))
+    ends = ((left, low, "start"), ((left + right) / 2, (low + high) / 2, "middle"), (right, high, "end"))
+    pieces += [_text(at, bottom + 13, f"{value:.3g}", "tick", anchor) for at, value, anchor in ends]
+    return _svg(captions, bottom + 16, pieces, captions.note)

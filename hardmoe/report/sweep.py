@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from hardmoe.report import charts
 from hardmoe.report.charts import Bar, Captions, Interval, Profile
-from hardmoe.report.render import format_count, format_percent, page_environment
+from hardmoe.report.formats import format_count, format_percent
+from hardmoe.report.render import page_environment
 
 PAGE_PATH = "sweep/index.html"
 NUM_OPEN = 16

@@ -17,6 +17,7 @@ from hardmoe.report.charts import (
     Series,
     bar_chart,
     column_chart,
+    density_chart,
     interval_chart,
     line_chart,
     nice_ticks,
@@ -160,6 +161,17 @@ def test_strips_are_cut_in_the_proportions_of_their_bars():
     assert [bar.find("title").text for bar in svg.iter("rect")][:2] == ["x: 60 %", "y: 40 %"]
 
 
+def test_density_is_as_high_as_its_counts_over_its_range():
+    svg = ElementTree.fromstring(density_chart(CAPTIONS, [2, 8, 0, 4], [1, 1, 1, 4], 0.5, 1.5))
+    area, outline = (read_points(line) for line in svg.iter("polyline"))
+    feet = area[0][1]
+    heights = [feet - y for _, y in area[1:-1]]
+    np.testing.assert_allclose(np.array(heights) / max(heights), np.repeat([0.25, 1.0, 0.0, 0.5], 2), atol=0.01)
+    np.testing.assert_allclose([feet - y for _, y in outline[1:-1]], np.repeat([10.5, 10.5, 10.5, 42.0], 2), atol=0.06)
+    assert (area[1][0], area[-2][0]) == (area[0][0], area[-1][0]) == (2.0, 378.0)
+    assert [text.text for text in svg.iter("text")] == ["0.5", "1", "1.5"]
+
+
 def test_names_are_escaped():
     name = "<b>&\"'</b>"
     captions = Captions("c", name, name, name, name)
@@ -170,6 +182,7 @@ def test_names_are_escaped():
         interval_chart(captions, [Interval(name, 1.0, 0.5, 2.0, name)]),
         profile_chart(captions, [Profile(name, [(2.0, Interval(name, 1.0, 0.5, 2.0, name))], 0)]),
         strip_chart(captions, [(name, [Bar(name, 1.0, name)])]),
+        density_chart(captions, [1], [2], 0.0, 1.0),
     ):
         assert ElementTree.fromstring(chart).find("title").text == name
 
