@@ -12,7 +12,6 @@ Shape letters: K experts.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import yaml
@@ -21,6 +20,8 @@ from markupsafe import Markup
 
 from hardmoe.report import charts
 from hardmoe.report.charts import Bar, Captions, Interval, Series
+from hardmoe.report.formats import format_count, format_duration, format_percent, format_points, format_time
+from hardmoe.report.parts import describe_partition, distance_chart, fit_chart
 from hardmoe.report.schema import CurvePoint, Exemplar, Metric, Network, Part, ReportData, ReportProvenance, StageTime
 
 SYSTEMS = {
@@ -61,35 +62,6 @@ class Headline:
     sentence: str
     detail: str
     difference: Metric | None
-
-
-def format_percent(value: float | None, decimals: int = 1) -> str:
-    """A fraction in per cent, without the sign, `0.613` -> `61.3`; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{decimals}f}".replace("-", "−")
-
-
-def format_points(value: float | None) -> str:
-    """A difference of fractions in percentage points with its sign, `0.034` -> `+3.40`."""
-    return "–" if value is None else f"{100 * value:+.2f}".replace("-", "−")
-
-
-def format_count(value: int) -> str:
-    """A whole number with its thousands apart."""
-    return f"{value:,}"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them: `8.2 s`, `4 min 12 s`, `1 h 05 min`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def format_time(iso: str) -> str:
-    """An ISO time to the minute, with its zone where it names one."""
-    return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M %Z").strip()
 
 
 def expert_name(expert: int) -> str:
@@ -242,7 +214,7 @@ def _lines(curves: Mapping[str, Sequence[CurvePoint]], names: Sequence[str], key
 
 
 def curve_charts(data: ReportData) -> list[tuple[str, Markup]]:
-    """Captions and charts of the training curves and of the router's fit; those without points are left out."""
+    """Captions and charts of the training curves; those without points are left out."""
     curves = data["curves"]
     experts = sorted(name for name in curves if _EXPERT.match(name))
     shown: list[str] = [name for name in ("trunk", "dense") if name in curves]
@@ -260,9 +232,6 @@ def curve_charts(data: ReportData) -> list[tuple[str, Markup]]:
         title = f"{caption}: validation {HEADLINE_METRIC}{where}"
         precision = Captions(f"chart-{group}-precision", title, "images seen", f"{HEADLINE_METRIC}, %")
         found.append((title, charts.line_chart(precision, _lines(curves, names, f"validation_{HEADLINE_METRIC}", 100.0))))
-    objective = [(float(index), value) for index, value in enumerate(data["router"]["objective"], start=1)]
-    router = Captions("chart-router", "Router: k-means objective after each pass", "pass", "objective")
-    found.append((router.title, charts.line_chart(router, [Series("objective", objective, 0)])))
     return [(caption, chart) for caption, chart in found if chart is not None]
 
 
@@ -317,7 +286,8 @@ def _tag_chart(data: ReportData) -> Markup | None:
     return charts.bar_chart(Captions("chart-tags", "The most frequent hashtags"), bars) if bars else None
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Jinja2 with the package's templates, and the formats above as filters."""
     environment = Environment(
         loader=PackageLoader("hardmoe.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -342,7 +312,7 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
     """
     stages, largest = group_stages(provenance["stages"]), max((part["sizes"]["train"] for part in data["parts"]), default=0)
     return (
-        _environment()
+        page_environment()
         .get_template("page.html")
         .render(
             data=data,
@@ -356,6 +326,9 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             mosaic=pick_mosaic(data["parts"]),
             size_chart=_size_chart(data["parts"]),
             size_facts=describe_sizes(data["parts"]),
+            partition_facts=describe_partition(data),
+            fit_chart=fit_chart(data),
+            distance_charts=[distance_chart(part, data["partition"]["distances"]) for part in data["parts"]],
             index_beside=len(data["parts"]) <= MAX_INDEX_BESIDE,
             num_in_parts=sum(part["sizes"]["train"] for part in data["parts"]),
             largest_part=largest,
