@@ -72,15 +72,13 @@ def assign(features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], 
     if not np.isfinite(centroids_KD).all():
         raise ValueError("the centroids hold NaN or infinity")
     norms_N = _norms(features_ND)
-    _refuse_non_finite(features_ND, norms_N)
+    refuse_non_finite(features_ND, norms_N)
     count = min(3, num_centroids)
     indices_NC, approximate_NC = engine.nearest(features_ND, centroids_KD, count)
     best_N2 = np.full((len(features_ND), 2), -1, np.int32)
     best_N2[:, : min(count, 2)] = indices_NC[:, :2]
     if num_centroids > 1:
-        largest = float(_norms(centroids_KD).max())
-        margin_N = 2.0 * _error_bound(norms_N, largest, dim, 2.0**-24, _UNDERFLOW)
-        margin_N[norms_N + largest > _LARGEST_NORM] = np.inf
+        margin_N = decision_margins(norms_N, float(_norms(centroids_KD).max()), dim)
         with np.errstate(invalid="ignore"):  # overflowed distances: inf - inf is no number, which is larger than nothing
             gaps_NC = np.diff(approximate_NC.astype(np.float64), axis=1)
         undecided_R = np.flatnonzero(~(gaps_NC > margin_N[:, None]).all(axis=1))
@@ -88,6 +86,26 @@ def assign(features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], 
     primary_N = np.ascontiguousarray(best_N2[:, 0])
     squared_distance_N = squared_distances(features_ND, centroids_KD, np.arange(len(features_ND)), primary_N)
     return Assignment(primary_N, np.ascontiguousarray(best_N2[:, 1]), squared_distance_N)
+
+
+def decision_margins(norms_N: NDArray[np.float64], largest: float, dim: int) -> NDArray[np.float64]:
+    """How far apart two float32 distances of a row must be for their order to be certain, float64 [N]; see the module.
+
+    Args:
+        norms_N: |x| of every row, computed in float32 in any order.
+        largest: the largest |c|.
+        dim: D.
+    """
+    margins_N = 2.0 * _error_bound(norms_N, largest, dim, 2.0**-24, _UNDERFLOW)
+    margins_N[norms_N + largest > _LARGEST_NORM] = np.inf
+    return margins_N
+
+
+def exact_nearest(
+    features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], rows_R: NDArray[np.intp]
+) -> NDArray[np.intp]:
+    """The nearest centroid of some rows by definition, [R]; K >= 2."""
+    return _exact_best_two(features_ND, centroids_KD, rows_R)[:, 0]
 
 
 def squared_distances(
@@ -164,8 +182,12 @@ def _checked(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ascontiguousarray(values)
 
 
-def _refuse_non_finite(features_ND: NDArray[np.float32], norms_N: NDArray[np.float64]) -> None:
-    """Raise if a row holds NaN or infinity; a finite norm proves that it does not, so few rows are looked at."""
+def refuse_non_finite(features_ND: NDArray[np.float32], norms_N: NDArray[np.float64]) -> None:
+    """Raise if a row holds NaN or infinity; a finite norm proves that it does not, so few rows are looked at.
+
+    Raises:
+        DataError: one does.
+    """
     suspects = np.flatnonzero(~np.isfinite(norms_N))
     num_bad = int((~np.isfinite(features_ND[suspects]).all(axis=1)).sum())
     if num_bad:

@@ -26,6 +26,7 @@ class Engine(Protocol):
     """
 
     name: str
+    on_gpu: bool
 
     def nearest(
         self, features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], count: int

@@ -51,6 +51,7 @@ class FaissEngine:
     def __init__(self, gpu: bool = False) -> None:
         """Search on the first visible GPU if `gpu`, else on the CPU with faiss's own threads."""
         self.name = "faiss-gpu" if gpu else "faiss"
+        self.on_gpu = gpu
         self._resources: Any = None
         if gpu:
             self._resources = faiss.StandardGpuResources()

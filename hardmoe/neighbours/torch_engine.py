@@ -35,6 +35,7 @@ class TorchEngine:
         """Search on `device`, such as "cpu" or "cuda"."""
         self.name = f"torch-{device}"
         self._device = torch.device(device)
+        self.on_gpu = self._device.type != "cpu"
 
     def nearest(
         self, features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], count: int

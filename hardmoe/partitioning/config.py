@@ -20,7 +20,13 @@ class PartitionConfig(Config):
     """What is done to a feature before distances are measured: `l2` scales it to length 1, so that distance means angle."""
 
     sample_size: int = Field(262_144, ge=1)
-    """How many features, drawn by hash, choose the first centroids. Every feature takes part in every later pass."""
+    """At most so many features, drawn by hash, choose the first centroids. Every feature takes part in every later pass."""
+
+    restarts: int = Field(3, ge=1, le=99)
+    """So many starts are tried on the sample, and the one with the smallest sum of squared distances is taken."""
+
+    max_share: float = Field(0.9, gt=0.0, le=1.0)
+    """A fit whose largest part holds more than this share of the examples is refused as collapsed."""
 
     max_passes: int = Field(50, ge=1)
     """At most this many passes over the features."""

@@ -80,6 +80,16 @@ class ClusterSums:
         _carry(total.high_KD, total.low_KD)
         return cls(counts_K, total.high_KD, total.low_KD, _objective_units(assignment.squared_distance_N))
 
+    @classmethod
+    def from_units(cls, counts_K: NDArray[np.int64], units_KD: NDArray[np.int64]) -> Self:
+        """From sums in steps of the grid, int64 [K, D], without distances."""
+        return cls(counts_K, units_KD >> _FEATURE_BITS, units_KD & _LOW_MASK, 0)
+
+    def with_distances(self, squared_distances_N: NDArray[np.float64]) -> "ClusterSums":
+        """The same sums, with these squared distances, float64 [N], in the objective besides."""
+        units = self.objective_units + _objective_units(squared_distances_N)
+        return ClusterSums(self.counts_K, self.high_KD, self.low_KD, units)
+
     def __add__(self, other: "ClusterSums") -> "ClusterSums":
         if self.high_KD.shape != other.high_KD.shape:
             raise ValueError(f"sums of shapes {self.high_KD.shape} and {other.high_KD.shape} cannot be added")

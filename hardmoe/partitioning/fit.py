@@ -8,6 +8,7 @@ Shape letters: N examples, D feature dim, S examples of the sample, K clusters.
 """
 
 import io
+import json
 from collections.abc import Generator
 
 import numpy as np
@@ -20,12 +21,15 @@ from hardmoe.errors import DataError
 from hardmoe.hashing import hash_fractions
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.config import PartitionConfig
-from hardmoe.partitioning.kmeans import KMeansFit, PassSums, refine, scan_batch, seed_centroids
+from hardmoe.partitioning.kmeans import KMeansFit, PassSums, best_start, refine, scan_batch, start_centroids, start_rows
 from hardmoe.partitioning.router import FeatureTransform, Router
+from hardmoe.partitioning.scan import blas_threads
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, iterate_table, vectors_to_array
 
 _BATCH_ROWS = 65_536
+_SPARE = 8
+"""So many times the rows that a start needs are sampled, for the case that many of them are copies."""
 
 
 class RouterWork:
@@ -42,13 +46,14 @@ class RouterWork:
                 f"partition.experts is {config.experts} but there are only {num_examples} training examples; "
                 f"ask for {num_examples} experts at most, or add data"
             )
-        fraction = min(1.0, config.sample_size / num_examples)
+        fraction = min(1.0, min(config.sample_size, _SPARE * start_rows(config.experts)) / num_examples)
         sampled = yield Phase("sample", [Unit(f"{i:05d}", {"path": p, "fraction": fraction}) for i, p in enumerate(paths)])
-        samples = [load_arrays(context.storage, done.scratch["sample"]) for done in sampled]
-        sample_SD = np.concatenate([sample["features"] for sample in samples])
-        ids_S16 = np.concatenate([sample["ids"] for sample in samples])
-        start_KD = seed_centroids(sample_SD, ids_S16, config.experts, context.stage.config["seed"])
-        fit = yield from self._passes(context, paths, start_KD, config)
+        shared = context.share("samples.json", json.dumps([done.scratch["sample"] for done in sampled]).encode())
+        attempts = [Unit(f"{i:02d}", {"samples": shared, "attempt": i}) for i in range(config.restarts)]
+        started = yield Phase("start", attempts)
+        starts = [_read_fit(context, done) for done in started]
+        fit = yield from self._passes(context, paths, best_start(starts).centroids_KD, config)
+        _check_collapse(fit, config)
         router = Router(FeatureTransform(config.transform), fit.centroids_KD)
         payload = {
             "experts": config.experts,
@@ -56,7 +61,9 @@ class RouterWork:
             "objective": fit.objective_per_pass,
             "converged": fit.converged,
             "reseeded": [{"pass": number, "expert": expert} for number, expert in fit.reseeded],
-            "sample": len(sample_SD),
+            "sample": sum(done.payload["rows"] for done in sampled),
+            "starts": [start.objective_per_pass[-1] for start in starts],
+            "zero_vectors": sum(done.payload["zero_vectors"] for done in sampled),
         }
         return Finished(payload, router.to_files())
 
@@ -80,7 +87,13 @@ class RouterWork:
             return fit
 
     def run(self, context: UnitContext) -> Json:
-        """A shard's share of the sample, or of a pass."""
+        """A shard's share of the sample, or of a pass; or one start."""
+        with blas_threads(context.stage.resources.num_cpus):
+            return self._run(context)
+
+    def _run(self, context: UnitContext) -> Json:
+        if context.phase == "start":
+            return _start(context)
         config = context.stage.section(PartitionConfig, "partition")
         features, path = context.input("features"), context.unit.arguments["path"]
         transform = FeatureTransform(config.transform)
@@ -105,13 +118,43 @@ def read_features(features: InputArtifact, path: str) -> Generator[tuple[NDArray
 def _sample(context: UnitContext, features: InputArtifact, path: str, transform: FeatureTransform) -> Json:
     """The rows whose hash falls under the sample's share: the same rows however they are sharded."""
     seed, fraction = context.stage.config["seed"], context.unit.arguments["fraction"]
-    ids, kept = [], []
+    ids, kept, zeros = [], [], 0
     for ids_N16, features_ND in read_features(features, path):
         chosen_N = hash_fractions(ids_N16, seed, "router-sample") < fraction
         ids.append(ids_N16[chosen_N])
         kept.append(transform(features_ND[chosen_N]))
+        zeros += int((~features_ND.any(axis=1)).sum())
     save_arrays(context.scratch("sample"), {"ids": np.concatenate(ids), "features": np.concatenate(kept)})
-    return {"rows": sum(map(len, ids))}
+    return {"rows": sum(map(len, ids)), "zero_vectors": zeros}
+
+
+def _start(context: UnitContext) -> Json:
+    """One of several starts, over the whole sample."""
+    arguments, settings = context.unit.arguments, context.stage.config
+    paths = json.loads(context.storage.read_bytes(arguments["samples"]))
+    samples = [load_arrays(context.storage, path) for path in paths]
+    sample_SD = np.concatenate([sample["features"] for sample in samples])
+    ids_S16 = np.concatenate([sample["ids"] for sample in samples])
+    experts = settings["partition"]["experts"]
+    found = start_centroids(sample_SD, ids_S16, experts, settings["seed"], arguments["attempt"])
+    save_arrays(context.scratch("centroids"), {"centroids": found.centroids_KD})
+    return {"objective": found.objective_per_pass, "converged": found.converged}
+
+
+def _read_fit(context: DriverContext, done: Completion) -> KMeansFit:
+    centroids_KD = load_arrays(context.storage, done.scratch["centroids"])["centroids"]
+    return KMeansFit(centroids_KD, done.payload["objective"], [], done.payload["converged"], np.zeros(0, np.int64))
+
+
+def _check_collapse(fit: KMeansFit, config: PartitionConfig) -> None:
+    """Raise if nearly all examples went to one expert."""
+    share = float(fit.counts_K.max() / fit.counts_K.sum())
+    if config.experts > 1 and share > config.max_share:
+        raise DataError(
+            f"one of {config.experts} parts holds {100 * share:.1f} % of the examples, more than partition.max_share="
+            f"{config.max_share:g}: the features hardly differ; train the trunk longer, set partition.transform to l2, "
+            "or raise max_share"
+        )
 
 
 def _to_npy(array: NDArray[np.float32]) -> bytes:

@@ -1,6 +1,6 @@
 """Lloyd's k-means whose result does not depend on how the data are sharded, batched or ordered.
 
-    seed_centroids(sample)                    once, on a sample drawn by hash
+    start_centroids(sample)                   several times, on a sample drawn by hash: k-means++ and passes over a part of it
     scan_batch(...) + scan_batch(...) + ...   per pass: every batch gives a `PassSums`, and they add up exactly
     update(pass_sums, centroids)              means in float64 from exact sums; empty clusters start anew
     refine(centroids)                         the loop, a generator: it asks for passes, whoever drives it scans the rows
@@ -15,11 +15,13 @@ measures Euclidean distance, and Lloyd's monotone descent holds for means only.
 Rejected: `faiss.Kmeans` and `sklearn.cluster.KMeans` (float32 counts; everything in memory; the result depends on the
 order of the rows), and mini-batch k-means (the result depends on the order of the batches by construction).
 
-Shape letters: N examples, S examples of the sample, D feature dim, K clusters, T trial points.
+Shape letters: N examples, S examples of the sample, D feature dim, K clusters.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -27,12 +29,15 @@ from numpy.typing import NDArray
 
 from hardmoe.errors import DataError
 from hardmoe.hashing import derive_seed, hash_ids
-from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.engine import Engine, choose_engine
-from hardmoe.partitioning.exact_sums import ClusterSums, FarthestPoints, sort_order_of_ids
+from hardmoe.partitioning.exact_sums import ClusterSums, FarthestPoints
+from hardmoe.partitioning.scan import blas_threads, scan
+from hardmoe.partitioning.seeding import seed_centroids
 
+_LEAST_SEED_ROWS, _SEED_ROWS_PER_CLUSTER = 2**11, 32
+_LEAST_START_ROWS, _START_ROWS_PER_CLUSTER = 2**13, 256
+_START_PASSES, _START_TOLERANCE = 25, 1e-3
 _MOST_RESEEDS = 64  # farthest points a batch reports: what a pass can repair; any further empty cluster waits for the next
-_BLOCK_ELEMENTS = 2**22  # float64 values of a block of the sample: 32 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +71,22 @@ class PassSums:
 
 
 @dataclass(frozen=True)
+class FitOptions:
+    """How far and how a fit in memory goes."""
+
+    max_passes: int = 50
+    """At most so many passes."""
+    tolerance: float = 1e-4
+    """See `has_converged`."""
+    restarts: int = 1
+    """Starts to choose the best of; see `start_centroids`."""
+    batch_size: int = 65_536
+    """Rows scanned at a time; changes nothing but the memory used."""
+    num_threads: int = 1
+    """Batches scanned at once."""
+
+
+@dataclass(frozen=True)
 class Updated:
     """The centroids after a pass.
 
@@ -89,12 +110,14 @@ class KMeansFit:
         objective_per_pass: sum of squared distances to the centroids each pass started from.
         reseeded: (pass, cluster) of every empty cluster that was started anew, passes counted from 0.
         converged: False if the passes ran out first.
+        counts_K: rows of every cluster in the last pass, int64 [K].
     """
 
     centroids_KD: NDArray[np.float32]
     objective_per_pass: list[float]
     reseeded: list[tuple[int, int]]
     converged: bool
+    counts_K: NDArray[np.int64]
 
 
 def scan_batch(
@@ -112,8 +135,7 @@ def scan_batch(
         DataError: a feature is NaN, infinite or too large to be summed exactly.
     """
     num_clusters = len(centroids_KD)
-    assignment = assign(features_ND, centroids_KD, engine)
-    sums = ClusterSums.from_batch(features_ND, assignment, num_clusters)
+    assignment, sums = scan(features_ND, centroids_KD, engine)
     return PassSums(sums, FarthestPoints.from_batch(features_ND, ids_N16, assignment, min(num_clusters, _MOST_RESEEDS)))
 
 
@@ -162,8 +184,8 @@ def refine(
         objectives.append(found.sums.objective)
         reseeded += [(number, cluster) for cluster in updated.reseeded]
         if has_converged(previous, objectives[-1], tolerance) and not updated.reseeded:
-            return KMeansFit(centroids_KD, objectives, reseeded, converged=True)
-    return KMeansFit(centroids_KD, objectives, reseeded, converged=False)
+            return KMeansFit(centroids_KD, objectives, reseeded, True, found.sums.counts_K)
+    return KMeansFit(centroids_KD, objectives, reseeded, False, found.sums.counts_K)
 
 
 def refine_with(
@@ -180,134 +202,88 @@ def refine_with(
         return found
 
 
-def fit(
-    features_ND: NDArray[np.float32],
-    ids_N16: NDArray[np.uint8],
-    num_clusters: int,
-    seed: int,
-    max_passes: int = 50,
-    tolerance: float = 1e-4,
-    batch_size: int = 65_536,
+def start_rows(num_clusters: int) -> int:
+    """How many rows `start_centroids` looks at."""
+    return max(_LEAST_START_ROWS, _START_ROWS_PER_CLUSTER * num_clusters)
+
+
+def start_centroids(
+    sample_SD: NDArray[np.float32], ids_S16: NDArray[np.uint8], num_clusters: int, seed: int, attempt: int = 0
 ) -> KMeansFit:
-    """K-means of features in memory, seeded from all of them.
+    """Centroids to begin the passes over all rows with: k-means++ on a few rows of the sample, then passes over some more.
+
+    A pass over 65,536 rows costs a fifteenth of one over a million and gets nearly as far, so that what is left to do over all
+    rows is two or three passes instead of twenty. The rows are those with the smallest hashes, the same ones however they are
+    sharded or ordered.
+
+    Args:
+        sample_SD: float32 [S, D], finite, in any order.
+        ids_S16: distinct example ids, uint8 [S, 16].
+        num_clusters: K.
+        seed: the recipe's seed.
+        attempt: number of the restart; each draws its own seeds over the same rows, so that their objectives can be compared.
+
+    Raises:
+        DataError: the sample holds fewer distinct features than clusters, or NaN or infinity.
+    """
+    order_S = np.argsort(hash_ids(ids_S16, seed, "kmeans-start"), kind="stable")
+    first = order_S[: max(_LEAST_SEED_ROWS, _SEED_ROWS_PER_CLUSTER * num_clusters)]
+    more = order_S[: start_rows(num_clusters)]
+    attempt_seed = seed if attempt == 0 else derive_seed(seed, "restart", attempt)
+    try:
+        seeds_KD = seed_centroids(sample_SD[first], ids_S16[first], num_clusters, attempt_seed)
+    except DataError:
+        if len(first) == len(sample_SD):
+            raise
+        # So many copies that a few rows do not hold K distinct ones; all rows may.
+        seeds_KD = seed_centroids(sample_SD, ids_S16, num_clusters, attempt_seed)
+    scan_some = _scan_in_memory(sample_SD[more], ids_S16[more], FitOptions.batch_size, map)
+    return refine_with(scan_some, seeds_KD, _START_PASSES, _START_TOLERANCE)
+
+
+def fit(
+    features_ND: NDArray[np.float32], ids_N16: NDArray[np.uint8], num_clusters: int, seed: int, options: FitOptions | None = None
+) -> KMeansFit:
+    """K-means of features in memory, begun on some of them.
 
     Args:
         features_ND: float32 [N, D].
         ids_N16: distinct example ids, uint8 [N, 16].
         num_clusters: K.
         seed: the recipe's seed.
-        max_passes: at most this many passes.
-        tolerance: see `has_converged`.
-        batch_size: rows scanned at a time; changes nothing but the memory used.
+        options: see there.
 
     Raises:
         DataError: fewer distinct features than clusters, or a feature that is not finite or too large.
     """
+    options = options or FitOptions()
+    start = partial(start_centroids, features_ND, ids_N16, num_clusters, seed)
+    with blas_threads(1), ThreadPoolExecutor(options.num_threads) as pool:
+        start_KD = best_start(list(pool.map(start, range(options.restarts)))).centroids_KD
+        scan_all = _scan_in_memory(features_ND, ids_N16, options.batch_size, pool.map)
+        return refine_with(scan_all, start_KD, options.max_passes, options.tolerance)
+
+
+def best_start(starts: Sequence[KMeansFit]) -> KMeansFit:
+    """The one with the smallest objective; of equal ones the first."""
+    return min(starts, key=lambda start: start.objective_per_pass[-1])
+
+
+def _scan_in_memory(
+    features_ND: NDArray[np.float32],
+    ids_N16: NDArray[np.uint8],
+    batch_size: int,
+    run: Callable[[Callable[[int], PassSums], Iterable[int]], Iterable[PassSums]],
+) -> Callable[[NDArray[np.float32]], PassSums]:
+    """A pass over features in memory, for `refine_with`; `run` is `map` or a pool's."""
     engine = choose_engine()
 
-    def scan(centroids_KD: NDArray[np.float32]) -> PassSums:
-        total = PassSums.zero(*centroids_KD.shape)
-        for start in range(0, len(features_ND), batch_size):
+    def scan_all(centroids_KD: NDArray[np.float32]) -> PassSums:
+        def scan_from(start: int) -> PassSums:
             rows = slice(start, start + batch_size)
-            total += scan_batch(features_ND[rows], ids_N16[rows], centroids_KD, engine)
-        return total
+            return scan_batch(features_ND[rows], ids_N16[rows], centroids_KD, engine)
 
-    return refine_with(scan, seed_centroids(features_ND, ids_N16, num_clusters, seed), max_passes, tolerance)
+        starts = range(0, len(features_ND), batch_size)
+        return sum(run(scan_from, starts), start=PassSums.zero(*centroids_KD.shape))
 
-
-def seed_centroids(
-    sample_SD: NDArray[np.float32], ids_S16: NDArray[np.uint8], num_clusters: int, seed: int
-) -> NDArray[np.float32]:
-    """Choose the first centroids by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007).
-
-    Every next centroid is drawn with probability proportional to the squared distance to the nearest chosen one; of
-    2 + ln K such draws the one that lowers the sum of these distances most is taken.
-
-    Args:
-        sample_SD: float32 [S, D], finite, in any order: rows are sorted by id first.
-        ids_S16: distinct example ids, uint8 [S, 16].
-        num_clusters: K.
-        seed: the recipe's seed.
-
-    Returns:
-        K distinct rows of the sample, float32 [K, D], in the order drawn.
-
-    Raises:
-        DataError: the sample holds fewer distinct features than clusters, or NaN or infinity.
-    """
-    if sample_SD.dtype != np.float32 or len(ids_S16) != len(sample_SD):
-        raise ValueError(f"a sample needs float32 features and one id per row, not {sample_SD.dtype}, {len(ids_S16)} ids")
-    order_S = sort_order_of_ids(ids_S16)
-    sample_SD, ids_S16 = sample_SD[order_S], ids_S16[order_S]
-    if (ids_S16[1:] == ids_S16[:-1]).all(axis=1).any():
-        raise ValueError("the ids of a sample must be distinct")
-    if not np.isfinite(sample_SD).all():
-        raise DataError("the sample of features holds NaN or infinity: the trunk diverged or overflows float16")
-    if len(sample_SD) < num_clusters:
-        raise _too_few(len(sample_SD), num_clusters)
-    grid = _SampleGrid(sample_SD)
-    chosen = [int(hash_ids(ids_S16, seed, "kmeans++").argmin())]
-    nearest_S = grid.squared_distances(chosen)[0]
-    num_trials = 2 + int(np.log(num_clusters))
-    while len(chosen) < num_clusters:
-        cumulative_S = np.cumsum(nearest_S)
-        if cumulative_S[-1] == 0.0:
-            chosen += _distinct_rest(sample_SD, chosen, num_clusters)
-            break
-        draws_T = [derive_seed(seed, "kmeans++", len(chosen), trial) * 2.0**-63 for trial in range(num_trials)]
-        trials_T = np.searchsorted(cumulative_S, np.array(draws_T) * cumulative_S[-1], side="right")
-        trials_T = np.minimum(trials_T, np.flatnonzero(nearest_S)[-1])  # a draw may round up to the very end
-        nearest_TS = np.minimum(grid.squared_distances(trials_T), nearest_S)
-        best = int(nearest_TS.sum(axis=1).argmin())
-        chosen.append(int(trials_T[best]))
-        nearest_S = nearest_TS[best]
-    return sample_SD[chosen]
-
-
-class _SampleGrid:
-    """The sample rounded to integers so small that float64 matrix products of them are exact, in whatever order BLAS adds.
-
-    With |q| <= 2^b a squared distance of D terms is at most 2^(2b + 2) D, which for b = (51 - log2 D) / 2 stays within
-    2^53; b is 20 for D = 2,048. That is plenty for choosing seeds, which are then the unrounded rows.
-    """
-
-    def __init__(self, sample_SD: NDArray[np.float32]) -> None:
-        dim = sample_SD.shape[1]
-        lowest_D, highest_D = sample_SD.min(axis=0).astype(np.float64), sample_SD.max(axis=0).astype(np.float64)
-        middle_D = (lowest_D + highest_D) / 2.0  # a common offset would waste the bits
-        exponent = int(np.frexp(np.maximum(highest_D - middle_D, middle_D - lowest_D).max())[1])
-        bits = min(24, (51 - (dim - 1).bit_length()) // 2)  # 24: the integers are kept as float32
-        self._grid_SD = np.empty_like(sample_SD)
-        self._norms_S = np.empty(len(sample_SD), np.float64)
-        self._block = max(1, _BLOCK_ELEMENTS // dim)
-        for start in range(0, len(sample_SD), self._block):
-            rows = slice(start, start + self._block)
-            steps = np.rint(np.ldexp(sample_SD[rows] - middle_D, bits - exponent))
-            self._grid_SD[rows] = steps
-            self._norms_S[rows] = np.square(steps).sum(axis=1)
-
-    def squared_distances(self, points_T: NDArray[np.intp] | list[int]) -> NDArray[np.float64]:
-        """Exact squared distances from some rows to all rows, in grid steps, float64 [T, S]."""
-        points_TD = self._grid_SD[points_T].astype(np.float64)
-        distances_TS = np.empty((len(points_TD), len(self._grid_SD)), np.float64)
-        for start in range(0, len(self._grid_SD), self._block):
-            rows = slice(start, start + self._block)
-            products_TB = points_TD @ self._grid_SD[rows].astype(np.float64).T
-            distances_TS[:, rows] = self._norms_S[points_T][:, None] + self._norms_S[rows] - 2.0 * products_TB
-        return distances_TS
-
-
-def _distinct_rest(sample_SD: NDArray[np.float32], chosen: list[int], num_clusters: int) -> list[int]:
-    """Rows that complete the seeds when all others coincide with a chosen one on the grid: distinct ones, lowest id first."""
-    _, first_rows, groups_S = np.unique(sample_SD + 0.0, axis=0, return_index=True, return_inverse=True)
-    if len(first_rows) < num_clusters:
-        raise _too_few(len(first_rows), num_clusters)
-    rest = np.delete(first_rows, groups_S.reshape(-1)[chosen])
-    return [int(row) for row in np.sort(rest)[: num_clusters - len(chosen)]]
-
-
-def _too_few(num_distinct: int, num_clusters: int) -> DataError:
-    return DataError(
-        f"{num_clusters} experts need as many distinct features to start from, but the sample holds {num_distinct}: "
-        "lower partition.experts, raise partition.sample_size, or look for copies among the images"
-    )
+    return scan_all

@@ -9,7 +9,7 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
     return Stage(
         name="router",
         kind="router",
-        version=2,
+        version=3,
         config={"partition": config.identity(), "seed": seed},
         inputs={"features": "features"},
         work="hardmoe.partitioning.fit:RouterWork",

@@ -19,16 +19,19 @@ from hardmoe.neighbours.faiss_engine import FaissEngine
 from hardmoe.neighbours.torch_engine import TorchEngine
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.kmeans import (
+    FitOptions,
     PassSums,
-    _SampleGrid,
+    best_start,
     fit,
     has_converged,
     refine,
     refine_with,
     scan_batch,
-    seed_centroids,
+    start_centroids,
+    start_rows,
     update,
 )
+from hardmoe.partitioning.seeding import _SampleGrid, seed_centroids
 
 ENGINE = FaissEngine()
 
@@ -66,7 +69,7 @@ def scan_all(features, ids, engine=ENGINE, batch=10_000):
 @pytest.mark.parametrize("seed", range(4))
 def test_fit_recovers_blobs(seed):
     features, labels, ids = blobs(seed=seed)
-    found = fit(features, ids, 8, seed=seed)
+    found = fit(features, ids, 8, seed=seed, options=FitOptions(restarts=3))
     assert found.converged
     assert adjusted_rand_score(labels, assign(features, found.centroids_KD, ENGINE).primary_N) == 1.0
 
@@ -77,7 +80,7 @@ def test_fit_any_order_and_batch_size_gives_the_same_bytes(order_seed, batch_siz
     features, _, ids = blobs(rows=600, spread=4.0)
     expected = fit(features, ids, 8, seed=3)
     order = np.random.default_rng(order_seed).permutation(600)
-    found = fit(features[order], ids[order], 8, seed=3, batch_size=batch_size)
+    found = fit(features[order], ids[order], 8, seed=3, options=FitOptions(batch_size=batch_size, num_threads=1 + batch_size % 2))
     assert found.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
     assert found.objective_per_pass == expected.objective_per_pass
 
@@ -229,6 +232,32 @@ def test_fit_one_cluster_is_the_mean():
     features, _, ids = blobs(spread=9.0)
     found = fit(features, ids, 1, seed=0)
     np.testing.assert_array_equal(found.centroids_KD[0], features.astype(np.float64).mean(axis=0).astype(np.float32))
+
+
+def test_start_looks_at_a_bounded_number_of_rows_and_any_order_gives_the_same_bytes():
+    features, _, ids = blobs(rows=start_rows(4) + 500, centers=4, spread=3.0)
+    expected = start_centroids(features, ids, 4, seed=2)
+    order = np.random.default_rng(3).permutation(len(features))
+    found = start_centroids(features[order], ids[order], 4, seed=2)
+    assert found.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
+    assert expected.counts_K.sum() == start_rows(4)
+
+
+def test_start_finds_the_few_distinct_points_among_copies():
+    features = np.zeros((20_000, 1), np.float32)
+    features[:3] = [[1], [2], [3]]
+    found = start_centroids(features, random_ids(20_000), 4, seed=0)
+    assert len(np.unique(found.centroids_KD)) == 4
+
+
+def test_restarts_draw_other_seeds_and_the_best_is_taken():
+    features, _, ids = blobs(rows=3000, centers=40, spread=4.0)
+    starts = [start_centroids(features, ids, 40, seed=0, attempt=attempt) for attempt in range(4)]
+    objectives = [start.objective_per_pass[-1] for start in starts]
+    assert len(set(objectives)) > 1
+    assert best_start(starts).objective_per_pass[-1] == min(objectives)
+    one, four = (fit(features, ids, 40, 0, FitOptions(restarts=count)).objective_per_pass[-1] for count in (1, 4))
+    assert four <= one
 
 
 def test_partition_config_too_small_a_sample_is_refused_with_the_remedy():
