@@ -196,6 +196,8 @@ def _parts(context: Context) -> list[Part]:
             "typical": [_exemplar(sample, row, images, names) for row in typical],
             "borderline": [_borderline(sample, row, images, names) for row in borderline],
         }
+        if "extra" in partition.payload:
+            part["extra"] = sum(counts[expert] for counts in partition.payload["extra"].values())
         parts.append(part)
     return parts
 
