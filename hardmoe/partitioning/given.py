@@ -44,8 +44,8 @@ class GivenRouterWork:
             total += ClusterSums.from_arrays(load_arrays(context.storage, done.scratch["sums"]))
         if len(empty := np.flatnonzero(total.counts_K == 0)):
             raise DataError(
-                f"no training example is in part {empty[0]} by dataset.part_column {parts['column']!r}, so it has no centroid; "
-                "add examples to it, or join it with another part and lower partition.experts"
+                f"no training example is in part {parts['values'][empty[0]]!r} by dataset.part_column {parts['column']!r}, "
+                "so it has no centroid; add examples to it, or join it with another part and lower partition.experts"
             )
         centroids_KD = (total.totals_KD / total.counts_K[:, None]).astype(np.float32)
         router = Router(FeatureTransform(config.transform), centroids_KD)
