@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support import records, run_here, write_recipe
+from support import invoke, records, refusal, run_here, write_recipe
 
+from hardmoe.errors import StorageError
 from hardmoe.hashing import hash_fractions
+from hardmoe.partitioning import regroup
+from hardmoe.stage import UnitContext
 
 RATIO, FRACTION, EXPERTS = 1.1, 0.1, 3
 SETTINGS = {"overlap": RATIO, "out_of_part_fraction": FRACTION}
@@ -192,6 +195,30 @@ def test_another_sharding_gives_the_same_copies_byte_for_byte(
     assert first == second
     assert extra_pairs(other) == extra_pairs(shared)
     assert payload(other, "partition") == payload(shared, "partition")
+
+
+def test_partition_whose_merge_was_cut_off_goes_on_and_ends_with_the_same_record(
+    shared: Path, root: Path, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").symlink_to(photos.resolve())
+    write_recipe(tmp_path, reuse=[str(root)], partition=SETTINGS)
+    done, merge = [], regroup.merge
+
+    def failing(context: UnitContext) -> Any:
+        done.append(context.unit.name)
+        if context.unit.name == "extra-0001":
+            raise StorageError("the disk is full")
+        return merge(context)
+
+    monkeypatch.setattr(regroup, "merge", failing)
+    assert "the disk is full" in refusal(invoke(tmp_path, "partition", "--backend", "inline"), 3)
+    assert {"train-0000", "extra-0000", "extra-0001", "extra-0002"} <= set(done)
+    monkeypatch.setattr(regroup, "merge", lambda context: (done.append(context.unit.name), merge(context))[1])
+    before = len(done)
+    run_here(tmp_path, "partition")
+    assert done[before:] == ["extra-0001"]
+    record = "partition/artifact.json"
+    assert (tmp_path / "runs" / "small" / record).read_bytes() == (shared / record).read_bytes()
 
 
 def test_ray_gives_the_same_records_as_inline(shared: Path, root: Path, tmp_path: Path, photos: Path) -> None:

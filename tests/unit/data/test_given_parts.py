@@ -11,6 +11,7 @@ import pytest
 
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.given_parts import MOST_PARTS, check_parts, collect_parts, distinct_values, numbers_by_value
+from hardmoe.data.ingest_shard import _checked
 from hardmoe.data.sources.base import BadExample, RawExample
 from hardmoe.data.sources.fields import make_example
 from hardmoe.data.sources.registry import open_source
@@ -47,6 +48,13 @@ def test_value_is_a_name_or_the_digits_of_a_whole_number(value: Any, part: str) 
 )
 def test_value_that_can_be_no_part_is_a_reason_to_quarantine_its_row(value: Any, reason: str) -> None:
     assert example_of(value) == BadExample("a.parquet#row=1", reason)
+
+
+def test_row_of_a_source_that_knows_of_no_parts_is_quarantined_and_not_put_anywhere() -> None:
+    """A plug-in may ignore the key, as it ignores others that it has no use for."""
+    config = DatasetConfig(source="somebody-elses", part_column="cluster")
+    found = _checked(RawExample(b"x", ("a",), "row 1"), config, None, {"near": False, "index": 0})
+    assert found == BadExample("row 1", "the source 'somebody-elses' gives no part")
 
 
 def test_column_that_is_not_asked_for_is_not_looked_at() -> None:
