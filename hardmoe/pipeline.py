@@ -71,12 +71,12 @@ def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
 def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     """All stages that the recipe asks for, every stage after its inputs."""
     stages = [
-        dataset_stage(recipe.dataset, external.source_sha256),
+        dataset_stage(recipe.dataset, external.source_sha256, _given_parts(recipe)),
         vocabulary_stage(recipe.hashtags, external.hashtags_sha256),
         trunk_stage(recipe.trunk, recipe.seed),
         _features(recipe, external),
     ]
-    if recipe.partition.method == "kmeans":
+    if recipe.partition.method != "random":
         stages.append(router_stage(recipe.partition, recipe.seed))
     stages.append(partition_stage(recipe.partition, recipe.seed))
     mixture = _mixture(recipe, stages, "partition", "experts", "embeddings", "decoder")
@@ -168,7 +168,8 @@ def _mixture(recipe: Recipe, stages: list[Stage], partition: str, place: str, em
 
 def _dense(recipe: Recipe, stages: list[Stage]) -> dict[str, System]:
     """Add the dense baseline, its embeddings and its refitted decoder."""
-    stages.append(dense_stage(recipe.experts, recipe.seed))
+    overlapping = "partition" if recipe.partition.has_extra_copies else None
+    stages.append(dense_stage(recipe.experts, recipe.seed, overlapping))
     stages.append(embeddings_stage(DENSE_EMBEDDINGS, "dataset", {0: DENSE}, partitioned=False))
     stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
     return {
@@ -179,9 +180,15 @@ def _dense(recipe: Recipe, stages: list[Stage]) -> dict[str, System]:
 
 def _random(recipe: Recipe, stages: list[Stage]) -> Mixture:
     """Add a whole mixture over a random partition."""
-    config = PartitionConfig(experts=recipe.partition.experts, method="random")
+    asked = recipe.partition
+    config = PartitionConfig(experts=asked.experts, method="random", out_of_part_fraction=asked.out_of_part_fraction)
     stages.append(partition_stage(config, recipe.seed, f"{RANDOM}/partition"))
     return _mixture(recipe, stages, f"{RANDOM}/partition", f"{RANDOM}/experts", f"{RANDOM}/embeddings", f"{RANDOM}/decoder")
+
+
+def _given_parts(recipe: Recipe) -> int | None:
+    """How many parts the dataset's own column must give; None if the partition does not go by it."""
+    return recipe.partition.experts if recipe.partition.method == "given" else None
 
 
 def _features(recipe: Recipe, external: ExternalInputs) -> Stage:

@@ -66,6 +66,10 @@ class Recipe(Config):
                         f"experts.init is 'trunk' but experts.{key} '{own}' is not the trunk's '{trunk}'; "
                         "set experts.init: random, or leave experts.backbone out"
                     )
+        if self.partition.method == "given" and self.dataset.part_column is None:
+            raise ValueError(
+                "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans"
+            )
         return self
 
     def what(self) -> dict[str, Any]:

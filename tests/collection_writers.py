@@ -1,7 +1,7 @@
 """One collection in every container that a source reads, so that tests can demand the same rows of them all.
 
-Keys are the examples' numbers. What the containers cannot all hold (no hashtags at all, a hashtag with a space) is left to
-the tests of each source.
+Keys are the examples' numbers. Where examples have parts, these stand in a column or field `part` (not in `folder-names`).
+What the containers cannot all hold (no hashtags at all, a hashtag with a space) is left to the tests of each source.
 """
 
 import csv
@@ -29,12 +29,18 @@ def ending_of(image: bytes) -> str:
     return "png" if image.startswith(b"\x89PNG") else "jpg"
 
 
+def parts_of(examples: Sequence[RawExample]) -> dict[str, list[str | None]]:
+    """The column of the parts, if there are any."""
+    parts = [row.part for row in examples]
+    return {"part": parts} if any(part is not None for part in parts) else {}
+
+
 def write_parquet(folder: Path, examples: Sequence[RawExample]) -> dict[str, Any]:
     """Three files with encoded bytes."""
     folder.mkdir(parents=True)
     for number in range(3):
         chosen = examples[number::3]
-        columns = {"image": [row.image for row in chosen], "hashtags": [list(row.tags) for row in chosen]}
+        columns = {"image": [row.image for row in chosen], "hashtags": [list(row.tags) for row in chosen], **parts_of(chosen)}
         pq.write_table(pa.table(columns), folder / f"{number}.parquet", row_group_size=16)
     return {"source": "parquet", "path": f"{folder}/*.parquet"}
 
@@ -43,7 +49,8 @@ def write_parquet_of_paths(folder: Path, examples: Sequence[RawExample]) -> dict
     """Two files that name the images beside them."""
     names = write_images(folder, examples)
     for number in range(2):
-        columns = {"image": names[number::2], "hashtags": [" ".join(row.tags) for row in examples[number::2]]}
+        chosen = examples[number::2]
+        columns = {"image": names[number::2], "hashtags": [" ".join(row.tags) for row in chosen], **parts_of(chosen)}
         pq.write_table(pa.table(columns), folder / f"{number}.parquet", row_group_size=16)
     return {"source": "parquet", "path": f"{folder}/*.parquet"}
 
@@ -70,7 +77,8 @@ def tar_of(members: Sequence[tuple[str, bytes]], mode: str = "w") -> bytes:
 
 def sample_of(key: str, example: RawExample) -> list[tuple[str, bytes]]:
     """The members of one sample, its hashtags in JSON."""
-    fields = json.dumps({"hashtags": list(example.tags)}).encode()
+    part = {} if example.part is None else {"part": example.part}
+    fields = json.dumps({"hashtags": list(example.tags), **part}).encode()
     return [(f"{key}.{ending_of(example.image)}", example.image), (f"{key}.json", fields)]
 
 
@@ -89,15 +97,20 @@ def write_folder_with_csv(folder: Path, examples: Sequence[RawExample]) -> dict[
     names = write_images(folder / "images", examples)
     with (folder / "tags.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["file_name", "hashtags"])
-        writer.writerows([name, ", ".join(row.tags)] for name, row in zip(names, examples, strict=True))
+        writer.writerow(["file_name", "hashtags", *parts_of(examples)])
+        further = zip(*parts_of(examples).values(), strict=True) if parts_of(examples) else [()] * len(examples)
+        writer.writerows([name, ", ".join(row.tags), *more] for name, row, more in zip(names, examples, further, strict=True))
     return {"source": "folder", "path": f"{folder}/images", "tags_path": f"{folder}/tags.csv"}
 
 
 def write_folder_with_jsonl(folder: Path, examples: Sequence[RawExample]) -> dict[str, Any]:
     """Images and a JSONL file of their hashtags."""
     names = write_images(folder / "images", examples)
-    rows = [json.dumps({"image": name, "hashtags": list(row.tags)}) for name, row in zip(names, examples, strict=True)]
+    parts = [{} if row.part is None else {"part": row.part} for row in examples]
+    rows = [
+        json.dumps({"image": name, "hashtags": list(row.tags), **part})
+        for name, row, part in zip(names, examples, parts, strict=True)
+    ]
     (folder / "tags.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return {"source": "folder", "path": f"{folder}/images", "tags_path": f"{folder}/tags.jsonl"}
 
@@ -116,11 +129,12 @@ def write_huggingface(folder: Path, examples: Sequence[RawExample]) -> dict[str,
     import datasets
 
     datasets.disable_progress_bars()
-    features = datasets.Features({"image": datasets.Image(), "hashtags": datasets.Sequence(datasets.Value("string"))})
+    kinds = {"image": datasets.Image(), "hashtags": datasets.Sequence(datasets.Value("string"))}
+    features = datasets.Features(kinds | {name: datasets.Value("string") for name in parts_of(examples)})
     splits = {}
     for name, chosen in (("train", examples[::2]), ("test", examples[1::2])):
         rows = {"image": [{"bytes": row.image, "path": None} for row in chosen], "hashtags": [list(row.tags) for row in chosen]}
-        splits[name] = datasets.Dataset.from_dict(rows, features=features)
+        splits[name] = datasets.Dataset.from_dict(rows | parts_of(chosen), features=features)
     datasets.DatasetDict(splits).save_to_disk(str(folder))
     return {"source": "huggingface", "path": str(folder)}
 

@@ -105,12 +105,18 @@ def print_plan(options: Mapping[str, Any]) -> None:
 def print_parts(built: Built) -> None:
     """Sizes of the parts."""
     payload = built.artifact("partition").payload
-    rows: list[Sequence[str]] = [("part", *SPLITS, "mean distance")]
+    extra: Mapping[str, Sequence[int]] = payload.get("extra", {})
+    headings = [f"from others: {kind.replace('_', '-')}" for kind in extra]
+    rows: list[Sequence[str]] = [("part", *SPLITS, "mean distance", *headings)]
     for expert in range(payload["experts"]):
         distance = payload["mean_distance"][expert]
         sizes = [str(payload["sizes"][split][expert]) for split in SPLITS]
-        rows.append((expert_name(expert), *sizes, "-" if distance is None else f"{distance:.3f}"))
-    click.echo(format_table(rows, right=(1, 2, 3, 4)))
+        copies = [str(counts[expert]) for counts in extra.values()]
+        rows.append((expert_name(expert), *sizes, "-" if distance is None else f"{distance:.3f}", *copies))
+    click.echo(format_table(rows, right=range(1, len(rows[0]))))
+    if elsewhere := payload.get("routed_elsewhere"):
+        counts = ", ".join(f"{elsewhere[split]} of {sum(payload['sizes'][split])} {split}" for split in SPLITS)
+        click.echo(f"\nexamples that the router would send to another part than the one given: {counts}")
 
 
 def print_experts(built: Built) -> None:

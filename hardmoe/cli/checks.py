@@ -8,6 +8,7 @@ the ingestion of all images, or after the training of all experts.
 from hardmoe.artifacts.record import RECORD_NAME, parse_record
 from hardmoe.artifacts.store import Artifact, find_reusable
 from hardmoe.cli.common import RECIPE_FILE
+from hardmoe.data.given_parts import check_parts
 from hardmoe.errors import MissingRecordError, RebuiltInputError, RecipeError
 from hardmoe.execution.plan import Plan
 from hardmoe.recipe import Recipe
@@ -21,9 +22,11 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
 
     Raises:
         RecipeError: the recipe asks for something impossible.
+        DataError: the parts that the dataset's own column gives are not as many as the experts.
         ArtifactError: an artifact that lies in another root is there no more.
     """
     _check_reuse(recipe)
+    _check_given_parts(recipe, plan)
     for stage in plan.missing:
         for name in stage.inputs.values():
             if (artifact := plan.artifacts.get(name)) is not None:
@@ -52,6 +55,14 @@ def _check_reuse(recipe: Recipe) -> None:
     for root in recipe.reuse:
         if not open_storage(root).exists(RECIPE_FILE):
             raise RecipeError(f"reuse names '{root}', where no run was begun; correct the root or take it out of 'reuse'")
+
+
+def _check_given_parts(recipe: Recipe, plan: Plan) -> None:
+    """Whether a dataset that is there already has as many parts as there are to be experts."""
+    if recipe.partition.method == "given":
+        dataset = plan.artifacts.get("dataset") or taken_over(recipe, plan).get("dataset")
+        if dataset is not None:
+            check_parts(dataset.payload["parts"], recipe.partition.experts)
 
 
 def _check_origin(artifact: Artifact) -> None:

@@ -12,9 +12,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hardmoe.config import Config, operational
+from hardmoe.config import Config, added, operational
 
-_WITHOUT_TABLE = ("parquet", "webdataset", "huggingface", "icons", "iconify", "yfcc100m")
+_WITHOUT_COLUMNS = ("icons", "iconify", "yfcc100m")
+_WITHOUT_TABLE = ("parquet", "webdataset", "huggingface", *_WITHOUT_COLUMNS)
 PILLOW_MAX_PIXELS = 178_956_970
 """Images with more pixels are refused by Pillow itself, whatever the recipe says."""
 
@@ -49,6 +50,10 @@ class DatasetConfig(Config):
 
     license_column: str | None = None
     """Column with each image's licence, kept in `dataset/origin`."""
+
+    part_column: str | None = added(None)
+    """Column that says which part each image is in, for `partition.method: given`: numbers from 0, or names, which are numbered
+    in sorted order (`dataset/parts`)."""
 
     test_fraction: float = Field(0.05, gt=0.0, lt=1.0)
     """Share of the examples held out for the final metrics."""
@@ -93,6 +98,12 @@ class DatasetConfig(Config):
     def _reads_the_table_it_is_given(self) -> Self:
         if self.tags_path is not None and self.source in _WITHOUT_TABLE:
             raise ValueError(f"tags_path is for source: folder, and '{self.source}' has its hashtags elsewhere; take it out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_column_of_parts(self) -> Self:
+        if self.part_column is not None and self.source in _WITHOUT_COLUMNS:
+            raise ValueError(f"part_column is for sources with columns, and '{self.source}' has none; take it out")
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from collections.abc import Generator, Sequence
 
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
+from hardmoe.data.given_parts import check_parts, collect_parts, numbers_by_value
 from hardmoe.data.ingest_shard import ingest_shard
 from hardmoe.data.inventory import Inventory
 from hardmoe.data.merging import check_ids, merge_range
@@ -28,6 +29,7 @@ from hardmoe.data.schemas import SPLITS
 from hardmoe.data.source_files import SOURCE_FILE, checked_inventory, source_table
 from hardmoe.data.sources.base import NamingSource, ReferableSource, Source
 from hardmoe.data.sources.registry import open_source
+from hardmoe.data.stages import EXPECTED_PARTS
 from hardmoe.data.writing import write_copies, write_references
 from hardmoe.errors import DataError
 from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
@@ -52,6 +54,7 @@ class DatasetWork:
         store = _store(config, source, inventory)
         ingested = yield _ingest_phase(config, source, store)
         _check_ingested(config, ingested)
+        parts = _parts(context, config, ingested)
         count = _num_shards(config, store, ingested)
         rows = context.share("rows.json", json.dumps([done.scratch["rows"] for done in ingested]).encode())
         back = len(ingested) if store == "reference" else 1
@@ -63,10 +66,12 @@ class DatasetWork:
         near = NearResult()
         if looks_for_near_duplicates(config):
             near = yield from near_phases(context, config, merged)
-        written = yield _write_phase(context, store, ingested, merged, near)
+        # What every unit of the last phase is told besides.
+        common = {"removed": near.removed_path, "parts": _shared_numbers(context, parts)}
+        written = yield _write_phase(context, store, ingested, merged, common)
         summary = _summary(config, store, ingested, merged, written, near)
         checked_inventory(context, source)
-        return Finished(summary, {SOURCE_FILE: source_table(inventory)})
+        return Finished(summary | ({"parts": parts} if parts else {}), {SOURCE_FILE: source_table(inventory)})
 
     def run(self, context: UnitContext) -> Json:
         """One unit of the phase."""
@@ -139,18 +144,31 @@ def _id_phase(context: DriverContext, merged: Sequence[Completion]) -> Phase:
 
 
 def _write_phase(
-    context: DriverContext, store: str, ingested: Sequence[Completion], merged: Sequence[Completion], near: NearResult
+    context: DriverContext, store: str, ingested: Sequence[Completion], merged: Sequence[Completion], told: Json
 ) -> Phase:
-    removed = {"removed": near.removed_path}
     if store == "copy":
         images = context.share("images.json", json.dumps([done.scratch["images"] for done in ingested]).encode())
-        common = {"of": len(merged), "images": images, **removed}
+        common = {"of": len(merged), "images": images, **told}
         units = [Unit(f"{i:05d}", {"index": i, "examples": done.scratch["examples"], **common}) for i, done in enumerate(merged)]
         return Phase("write-copy", units)
     examples = context.share("examples.json", json.dumps([done.scratch["examples"] for done in merged]).encode())
-    common = {"of": len(ingested), "examples": examples, **removed}
+    common = {"of": len(ingested), "examples": examples, **told}
     kept = [i for i, done in enumerate(ingested) if done.payload["rows"]]
     return Phase("write-reference", [Unit(f"{i:05d}", {"index": i, **common}) for i in kept])
+
+
+def _parts(context: DriverContext, config: DatasetConfig, ingested: Sequence[Completion]) -> Json:
+    """The parts that the column gives; None where there is none. Refused now if they are not the experts that are asked for."""
+    if config.part_column is None:
+        return None
+    parts = collect_parts(config.part_column, (done.payload["parts"] for done in ingested))
+    if (experts := context.stage.operational.get(EXPECTED_PARTS)) is not None:
+        check_parts(parts, experts)
+    return parts
+
+
+def _shared_numbers(context: DriverContext, parts: Json) -> str | None:
+    return None if parts is None else context.share("parts.json", json.dumps(numbers_by_value(parts)).encode())
 
 
 def _check_ingested(config: DatasetConfig, ingested: Sequence[Completion]) -> None:

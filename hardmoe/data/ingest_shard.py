@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
+from hardmoe.data.given_parts import distinct_values
 from hardmoe.data.ids import content_id
 from hardmoe.data.images import UndecodableImageError, decode, shrink
 from hardmoe.data.perceptual import THUMBNAIL_PIXELS, perceptual_hashes, thumbnail
@@ -73,6 +74,7 @@ def ingest_shard(context: UnitContext, config: DatasetConfig) -> Json:
         "rows": len(rows),
         "tagged": tagged,
         "bytes": size,
+        "parts": [] if config.part_column is None else distinct_values(rows.columns["part"]),
         "reasons": dict(sorted(Counter(_kind(row.reason) for row in bad).items())),
     }
 
@@ -102,6 +104,8 @@ def _checked(
         return row
     if row.split is not None and row.split not in SPLITS:
         return BadExample(row.source_uri, f"the split is {row.split!r}, not one of {', '.join(SPLITS)}")
+    if row.part is None and config.part_column is not None:
+        return BadExample(row.source_uri, f"the source {config.source!r} gives no part")
     try:
         image_HW3 = decode(row.image, config.max_pixels)
     except UndecodableImageError as error:
@@ -113,6 +117,7 @@ def _checked(
         "license": row.license,
         "key": row.key,
         "split": row.split,
+        "part": row.part,
         "shard": arguments["index"],
         **(_put_by(row, image_HW3, config, images) if images is not None else _referred(row, config)),
         "hash": None,

@@ -14,7 +14,7 @@ Shape letters: N examples, M stored images, n examples of one piece of the strea
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -88,6 +88,8 @@ class ExampleSet:
     storage_rows_N: NDArray[np.int64]
     label_indices_L: NDArray[np.int32]
     label_offsets: NDArray[np.int64]
+    times_N: NDArray[np.int64] | None = None
+    """How often an epoch shows each, before any repeats for rare tags; None for once."""
 
     def __len__(self) -> int:
         return len(self.ids_N16)
@@ -144,11 +146,16 @@ class ExampleSet:
     def take(self, positions: NDArray[np.int64]) -> "ExampleSet":
         """The examples at these positions, in this order, sharing the pixels."""
         indices, offsets = self._labels_at(positions)
-        return ExampleSet(self.ids_N16[positions], self.storage_M3SS, self.storage_rows_N[positions], indices, offsets)
+        times = None if self.times_N is None else self.times_N[positions]
+        return ExampleSet(self.ids_N16[positions], self.storage_M3SS, self.storage_rows_N[positions], indices, offsets, times)
 
     def labelled(self) -> "ExampleSet":
         """The examples with at least one label."""
         return self.take(np.flatnonzero(np.diff(self.label_offsets)))
+
+    def shown(self, times_N: NDArray[np.int64]) -> "ExampleSet":
+        """The same examples, each shown so many times an epoch, int64 [N]; where that is once for all, nothing changes."""
+        return replace(self, times_N=None if (times_N == 1).all() else times_N)
 
     def images_at(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
         """A copy of the images at these positions, uint8 [B, 3, S, S]."""
@@ -168,6 +175,9 @@ class ExampleSet:
     def schedule(self, batch_size: int, epochs: int, seed: int, repeat_threshold: float | None = None) -> Schedule:
         """The steps of a training on these examples; `repeat_threshold` shows those with rare tags more often."""
         factors_N = repeat_factors(self.label_indices_L, self.label_offsets, repeat_threshold)
+        if self.times_N is not None:
+            times_N = self.times_N.astype(np.float64)
+            factors_N = times_N if factors_N is None else times_N * factors_N
         return Schedule(self.ids_N16, factors_N, batch_size, epochs, seed)
 
     def training_batches(self, schedule: Schedule, start_step: int = 0) -> Iterator[TrainingBatch]:

@@ -1,14 +1,14 @@
 """Merging: the rows of one range of content ids, from all ingested shards, become examples.
 
 All copies of an image are in one range: they become one example with united tags, in the strictest split that any of them
-names, called by the first of their names. Most images have no copy, so rows without one are handled as columns and only the
-others one by one.
+names, called by the first of their names; copies that a column puts into different parts are an error. Most images have no
+copy, so rows without one are handled as columns and only the others one by one.
 
 Shape letters: N rows, E examples.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def merge_range(context: UnitContext, config: DatasetConfig) -> Json:
     arguments = context.unit.arguments
     index, count = arguments["index"], arguments["of"]
     rows = _rows_of_range(context, index, count)
-    merged = _merge(rows)
+    merged = _merge(rows, config.part_column)
     ids_E16 = ids_to_array(merged["content_id"])
     splits_E = _splits(config, ids_E16, merged["named"])
     columns = {name: merged[name] for name in MERGED.names if name != "split"} | {"split": pa.array(splits_E, pa.int8())}
@@ -68,7 +68,7 @@ def _rows_of_range(context: UnitContext, index: int, count: int) -> Any:
     return rows.filter(pa.array(inside_N)).sort_by([("content_id", "ascending"), ("source_uri", "ascending")])
 
 
-def _merge(rows: Any) -> dict[str, Any]:
+def _merge(rows: Any, part_column: str | None) -> dict[str, Any]:
     """Columns of the examples, by ascending content id; `first` and `sizes` say which rows each was made of."""
     keys_N = sortable(ids_to_array(rows.column("content_id")))
     starts_E = np.flatnonzero(np.concatenate([np.ones(min(1, len(keys_N)), bool), keys_N[1:] != keys_N[:-1]]))
@@ -77,8 +77,9 @@ def _merge(rows: Any) -> dict[str, Any]:
     columns = {name: firsts.column(name).combine_chunks() for name in firsts.column_names}
     several = np.flatnonzero(sizes_E > 1).tolist()
     groups = {
-        e: rows.slice(starts_E[e], sizes_E[e]).select(["tags", "split", "key"]).to_pydict() for e in several
+        e: rows.slice(starts_E[e], sizes_E[e]).select(["tags", "split", "key", "part", "source_uri"]).to_pydict() for e in several
     }  # few, as a rule
+    _check_parts(groups.values(), part_column)
     tags = _replaced(columns["tags"], {e: sorted({t for tags in g["tags"] for t in tags}) for e, g in groups.items()})
     # A copy of a held-out example must not be trained on, whatever its own row says.
     named = _replaced(columns["split"], {e: _strictest(g["split"]) for e, g in groups.items()})
@@ -88,6 +89,19 @@ def _merge(rows: Any) -> dict[str, Any]:
         pairs = zip(key.to_pylist(), example_id.to_pylist(), strict=True)
         example_id = pa.array([own if name is None else key_id(name) for name, own in pairs], example_id.type)
     return columns | {"tags": tags, "named": named, "example_id": example_id, "starts": starts_E, "sizes": sizes_E}
+
+
+def _check_parts(groups: Iterable[Mapping[str, Any]], column: str | None) -> None:
+    """Refuse copies of one image in different parts: an example has one, and which of them is meant nobody can know."""
+    differing = [group for group in groups if len(set(group["part"])) > 1]
+    if differing:
+        parts, uris = differing[0]["part"], differing[0]["source_uri"]
+        other = next(i for i, part in enumerate(parts) if part != parts[0])
+        more = f" ({len(differing) - 1} more images beside it are like that)" if len(differing) > 1 else ""
+        raise DataError(
+            f"{uris[0]} and {uris[other]} are the same image, but the one is in part {parts[0]!r} and the other in part "
+            f"{parts[other]!r} by dataset.part_column {column!r}{more}; correct the column, or leave one of them out"
+        )
 
 
 def _strictest(splits: Sequence[str | None]) -> str | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.ids import content_id, sortable
-from hardmoe.data.schemas import EXAMPLES, LABELS, REFERENCES, TAGS
+from hardmoe.data.schemas import EXAMPLES, EXTRA_FOLDER, LABELS, REFERENCES, TAGS
 from hardmoe.data.sources.base import Location, ReferableSource
 from hardmoe.data.sources.registry import open_source
 from hardmoe.data.stages import SOURCE
@@ -40,6 +40,31 @@ def example_shards(examples: InputArtifact, split: str, expert: int | None) -> l
     """Storage paths of a split's shards in the dataset (expert None) or of one part of it in a partition."""
     part = "" if expert is None else f"expert={expert:04d}/"
     return examples.files(f"split={split}/{part}")
+
+
+def training_shards(examples: InputArtifact, expert: int | None) -> list[str]:
+    """Storage paths of what a network trains on: a part's own shards, and its expert's copies of other parts' examples."""
+    own = example_shards(examples, "train", expert)
+    return own if expert is None else own + examples.files(f"{EXTRA_FOLDER}/expert={expert:04d}/")
+
+
+def num_trained_on(partition: InputArtifact, ids_N16: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How many experts of a partition train on each of these examples, int64 [N].
+
+    Args:
+        partition: the partition.
+        ids_N16: ids of training examples in ascending order, uint8 [N, 16].
+    """
+    experts_N = np.ones(len(ids_N16), np.int64)
+    keys_N = sortable(ids_N16)
+    for path in partition.files(f"{EXTRA_FOLDER}/"):
+        for table in read_examples(partition, [path], columns=["example_id"], rows=1 << 16):
+            keys_P = sortable(ids_to_array(table.column("example_id")))
+            at_P = np.searchsorted(keys_N, keys_P)
+            known_P = at_P < len(keys_N)
+            known_P[known_P] = keys_N[at_P[known_P]] == keys_P[known_P]
+            experts_N += np.bincount(at_P[known_P], minlength=len(keys_N))
+    return experts_N
 
 
 @dataclass(frozen=True)

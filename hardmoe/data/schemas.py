@@ -18,6 +18,10 @@ REFERENCES = pa.schema(
 )
 """`dataset/split=…` of a dataset that stores no image: where it lies in the source (`length` null: `offset` is the number of a
 row), and the digest that it must have."""
+PARTS = pa.schema([("example_id", ID_TYPE), ("part", pa.int32())])
+"""`dataset/parts/split=…`, where `dataset.part_column` is set: the part of every example, row by row as in the shard of that
+name. The record's `parts` says which value of the column each number stands for."""
+PARTS_FOLDER = "parts"
 ORIGIN = pa.schema([("example_id", ID_TYPE), ("source_uri", pa.string()), ("license", pa.string())])
 """`dataset/origin`: where every copy of an example came from, and under which licence."""
 DUPLICATES = pa.schema(
@@ -37,6 +41,7 @@ INGESTED = pa.schema(
         ("license", pa.string()),
         ("key", pa.string()),
         ("split", pa.string()),
+        ("part", pa.string()),
         ("shard", pa.int32()),
         ("file", pa.string()),
         ("offset", pa.int64()),
@@ -46,14 +51,15 @@ INGESTED = pa.schema(
     ]
 )
 """Rows of a source that can be used, between the phases of the dataset stage. The bytes lie at `offset` of the source's `file`,
-or of what ingested shard number `shard` put by where `file` is null; `hash` and `thumbnail` are null unless near-duplicates
-are looked for."""
+or of what ingested shard number `shard` put by where `file` is null; `part` is null unless `dataset.part_column` is set, `hash`
+and `thumbnail` are null unless near-duplicates are looked for."""
 MERGED = pa.schema(
     [
         ("content_id", ID_TYPE),
         ("example_id", ID_TYPE),
         ("split", pa.int8()),
         ("tags", pa.list_(pa.string())),
+        ("part", pa.string()),
         ("shard", pa.int32()),
         ("file", pa.string()),
         ("offset", pa.int64()),
@@ -72,7 +78,9 @@ UNLABELLED = pa.schema([("example_id", ID_TYPE), ("reason", pa.string())])
 FEATURES = pa.schema([("example_id", ID_TYPE), ("feature", pa.list_(pa.float16()))])
 """`features/split=…`: a float16 vector of one length per example."""
 PART = pa.schema([("example_id", ID_TYPE), ("image", pa.binary()), ("tags", pa.list_(pa.string())), ("distance", pa.float32())])
-"""`partition/split=…/expert=…`: the examples of one part; distance to the part's centroid in the router's space."""
+"""`partition/split=…/expert=…`: the examples of one part; distance to the part's centroid in the router's space.
+`partition/extra/expert=…`: training examples of other parts that this expert trains on as well, if the recipe asks for such."""
+EXTRA_FOLDER = "extra"
 ASSIGNMENTS = pa.schema(
     [
         ("example_id", ID_TYPE),
@@ -84,7 +92,8 @@ ASSIGNMENTS = pa.schema(
         ("primary", pa.bool_()),
     ]
 )
-"""`partition/assignments`: which part an example is in; `second` is the next nearest, -1 (and NaN away) if there is none."""
+"""`partition/assignments`: which part an example is in; `second` is the nearest other one, -1 (and NaN away) if there is none.
+A row that is not `primary` is of a copy: another expert that trains on the example as well; it has no second."""
 EMBEDDINGS = pa.schema([("example_id", ID_TYPE), ("expert", pa.int32()), ("embedding", pa.list_(pa.float16()))])
 """`embeddings/split=…`: the expert's own features, before alignment."""
 

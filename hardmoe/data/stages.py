@@ -8,16 +8,25 @@ from hardmoe.stage import Stage
 
 SOURCE = "source"
 """Where `Stage.operational` says how to open the source, for stages that may have to read images there."""
+EXPECTED_PARTS = "experts"
+"""Where the dataset's `Stage.operational` says how many parts `dataset.part_column` must give."""
 
 
-def dataset_stage(config: DatasetConfig, source_sha256: str) -> Stage:
-    """The examples, deduplicated, split and sharded. `source_sha256` is the inventory's digest."""
+def dataset_stage(config: DatasetConfig, source_sha256: str, experts: int | None = None) -> Stage:
+    """The examples, deduplicated, split and sharded.
+
+    Args:
+        config: the recipe's section.
+        source_sha256: the inventory's digest.
+        experts: number of parts that the dataset's own column must give, so that a wrong one is refused before the images are
+            copied and the trunk is trained; None if the column is of no use to the recipe.
+    """
     return Stage(
         name="dataset",
         kind="dataset",
         version=4,
         config={"dataset": config.identity(), "source": {"sha256": source_sha256}},
-        operational={"dataset": config.operational_values()},
+        operational={"dataset": config.operational_values(), EXPECTED_PARTS: experts},
         work="hardmoe.data.ingest:DatasetWork",
     )
 

@@ -2,7 +2,8 @@
 
 A shard of copies is one range of content ids, its images fetched by byte range from what the ingested shards put by. A shard
 of references is what came from one shard of the source, in the source's order, so that reading it reads the source forwards.
-Within a shard of copies the rows are sorted by example id.
+Within a shard of copies the rows are sorted by example id. Where a column gives the parts, a small table beside each shard
+says so row by row. Rejected: one more column of the shard, whose schema would then depend on the recipe.
 
 Shape letters: E examples, R removed.
 """
@@ -21,7 +22,7 @@ from hardmoe.config import Json
 from hardmoe.data.byte_ranges import read_ranges
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.ids import is_among
-from hardmoe.data.schemas import EXAMPLES, REFERENCES, SPLITS
+from hardmoe.data.schemas import EXAMPLES, PARTS, PARTS_FOLDER, REFERENCES, SPLITS
 from hardmoe.data.shuffle import read_buckets
 from hardmoe.stage import UnitContext
 from hardmoe.tables import build_table, ids_to_array, write_table
@@ -43,6 +44,7 @@ def write_copies(context: UnitContext, config: DatasetConfig) -> Json:
             columns = {"image": pa.array(_fetched(context, images, chosen), pa.binary())}
             columns |= {name: chosen.column(name) for name in EXAMPLES.names if name != "image"}
             write_table(context.output(_name(split, arguments)), build_table(EXAMPLES, columns))
+            _write_parts(context, split, chosen)
     return {"sizes": sizes, "without_tags": _without_tags(rows)}
 
 
@@ -59,11 +61,22 @@ def write_references(context: UnitContext, config: DatasetConfig) -> Json:
         if chosen.num_rows:
             columns = {name: chosen.column(name) for name in REFERENCES.names}
             write_table(context.output(_name(split, arguments)), build_table(REFERENCES, columns))
+            _write_parts(context, split, chosen)
     return {"sizes": sizes, "without_tags": _without_tags(rows)}
 
 
 def _name(split: str, arguments: Json) -> str:
     return f"split={split}/part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
+
+
+def _write_parts(context: UnitContext, split: str, rows: Any) -> None:
+    """The part of every row, where a column gives it."""
+    arguments = context.unit.arguments
+    if arguments["parts"] is None:
+        return
+    numbers = json.loads(context.storage.read_bytes(arguments["parts"]))
+    columns = {"example_id": rows.column("example_id"), "part": [numbers[part] for part in rows.column("part").to_pylist()]}
+    write_table(context.output(f"{PARTS_FOLDER}/{_name(split, arguments)}"), build_table(PARTS, columns))
 
 
 def _kept(context: UnitContext, rows: Any) -> Any:

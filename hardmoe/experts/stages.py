@@ -1,9 +1,13 @@
 """Declarations of the expert, dense baseline and embedding stages."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.stage import Resources, Stage
+
+EXTRA_COPIES = "extra_copies"
+"""Role in which the dense baseline reads a partition whose experts train on copies of other parts' examples."""
 
 
 def expert_name(expert: int) -> str:
@@ -16,9 +20,18 @@ def expert_stage(config: ExpertsConfig, expert: int, seed: int, partition: str =
     return _network_stage(f"{place}/{expert_name(expert)}", config, seed, expert, partition)
 
 
-def dense_stage(config: ExpertsConfig, seed: int) -> Stage:
-    """The dense baseline: the same training on all examples; seeded like the expert of a mixture of one."""
-    return _network_stage("baselines/dense", config, seed, None, "dataset")
+def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None) -> Stage:
+    """The dense baseline: the same training on all examples; seeded like the expert of a mixture of one.
+
+    Args:
+        config: the recipe's section.
+        seed: the recipe's.
+        overlapping: the partition, if several of its experts train on one example: the baseline then shows every example as
+            often as they do together, so that it sees the same examples equally often, at the same cost. Rejected: as many
+            more epochs, which need not be a whole number and would show other examples than the experts see more often.
+    """
+    stage = _network_stage("baselines/dense", config, seed, None, "dataset")
+    return stage if overlapping is None else replace(stage, inputs={**stage.inputs, EXTRA_COPIES: overlapping})
 
 
 def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | None, examples: str) -> Stage:

@@ -6,6 +6,7 @@ from hardmoe.config import Json
 from hardmoe.data.reading import num_tags, open_examples
 from hardmoe.errors import RecipeError
 from hardmoe.experts.config import ExpertsConfig
+from hardmoe.experts.stages import EXTRA_COPIES
 from hardmoe.hashing import derive_seed
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
 from hardmoe.training.network import Architecture, NetworkJob, architecture_of, load_weights, train_network
@@ -17,8 +18,11 @@ class ExpertWork:
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """A single unit, named like the artifact, as costly as its part is large."""
         expert = context.stage.config["expert"]
-        sizes = context.input("examples").payload["sizes"]["train"]
-        unit = Unit(context.stage.name.rpartition("/")[2], cost=sizes if expert is None else sizes[expert])
+        told = context.input("examples").payload
+        # Only a partition may have extra copies.
+        counts = [told["sizes"]["train"], *told.get("extra", {}).values()]
+        cost = sum(count if expert is None else count[expert] for count in counts)
+        unit = Unit(context.stage.name.rpartition("/")[2], cost=cost)
         (done,) = yield Phase("train", [unit])
         return Finished(done.payload)
 
@@ -41,6 +45,7 @@ class ExpertWork:
             # The dense baseline is seeded like expert 0, so that a mixture of one is the dense baseline to the bit.
             seed=derive_seed(context.stage.config["seed"], "expert", context.stage.config["expert"] or 0),
             start=load_weights(trunk) if config.init == "trunk" else None,
+            as_often_as_in=context.input(EXTRA_COPIES) if EXTRA_COPIES in context.stage.inputs else None,
         )
         return train_network(context, job, "expert.json")
 

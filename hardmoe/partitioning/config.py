@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hardmoe.config import Config
+from hardmoe.config import Config, added
 
 
 class PartitionConfig(Config):
@@ -13,8 +13,16 @@ class PartitionConfig(Config):
     experts: int = Field(8, ge=1)
     """Number of experts, hence of parts. 1 makes the mixture the dense baseline."""
 
-    method: Literal["kmeans", "random"] = "kmeans"
-    """`kmeans` over the trunk's features, or `random`, by the hash of the example id: the control."""
+    method: Literal["kmeans", "given", "random"] = "kmeans"
+    """`kmeans` over the trunk's features; `given`, by the dataset's own column `dataset.part_column`; or `random`, by the hash
+    of the example id: the control."""
+
+    overlap: float | None = added(None, ge=1.0)
+    """A training image whose second nearest centroid is at most so many times as far away as that of its part, such as 1.1,
+    trains the second one's expert as well; null: none does."""
+
+    out_of_part_fraction: float = added(0.0, ge=0.0, lt=1.0)
+    """Share of every expert's training images that are drawn, by hash, from the other parts, such as 0.02."""
 
     transform: Literal["none", "l2"] = "l2"
     """What is done to a feature before distances are measured: `l2` scales it to length 1, so that distance means angle."""
@@ -41,3 +49,20 @@ class PartitionConfig(Config):
                 f"sample_size {self.sample_size} cannot seed {self.experts} experts: raise it to {self.experts} or more"
             )
         return self
+
+    @model_validator(mode="after")
+    def _extra_copies_have_somewhere_to_go(self) -> Self:
+        asked = "overlap" if self.overlap is not None else "out_of_part_fraction"
+        if self.has_extra_copies and self.experts == 1:
+            raise ValueError(f"{asked} {getattr(self, asked)} needs other parts, and experts is 1; take it out, or raise experts")
+        if self.overlap is not None and self.method == "random":
+            raise ValueError(
+                f"overlap {self.overlap} goes by distances to centroids, and method 'random' has none; "
+                "take it out, or set out_of_part_fraction"
+            )
+        return self
+
+    @property
+    def has_extra_copies(self) -> bool:
+        """Whether experts train on examples of other parts as well."""
+        return self.overlap is not None or self.out_of_part_fraction > 0.0

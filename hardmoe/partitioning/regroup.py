@@ -8,34 +8,39 @@ example arrives, exactly once, is checked by count and by an order-free checksum
 (shard, expert), which is thousands of files where there are many of both, and leaving the examples where they are, which
 makes every expert read everything.
 
-Shape letters: N examples, K experts.
+Where experts train on examples of other parts as well (`extras`), these copies go the same way beside, to `extra/expert=…`,
+and only the experts' training reads them. To draw them one must know how large the parts are, so `count` routes the training
+features once before: what one more pass of k-means costs. Rejected: drawing after the parts are merged, which would read every
+image a second time.
+
+Shape letters: N examples, P pairs of an example and an expert, D feature dim, K experts.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hardmoe.config import Json
 from hardmoe.data.reading import open_examples, read_examples
-from hardmoe.data.schemas import ASSIGNMENTS, PART, SPLITS
-from hardmoe.errors import CorruptFileError
+from hardmoe.data.schemas import ASSIGNMENTS, EXTRA_FOLDER, SPLITS
 from hardmoe.hashing import hash_ids
-from hardmoe.neighbours.assignment import Assignment, sum_of_squares
+from hardmoe.neighbours.assignment import Assignment, squared_distances
+from hardmoe.partitioning.extras import ExtraCopies, chances_to_be_drawn, extra_copies, overlaps
 from hardmoe.partitioning.fit import read_features
+from hardmoe.partitioning.given import aligned_parts, read_parts
+from hardmoe.partitioning.parts import Membership, check_complete, merge, merge_unit, write_regrouped
 from hardmoe.partitioning.router import CENTROIDS_FILE, DESCRIPTION_FILE, TRANSFORM_FILE, Router
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
-from hardmoe.tables import build_table, ids_from_array, ids_to_array, write_table
+from hardmoe.tables import build_table, ids_from_array, write_table
 
-SHARD_BYTES = 128 * 2**20
-"""A part's shards hold about so many bytes of images."""
-_PIECE_BYTES = 256 * 2**20
-"""So many bytes of images are sorted by expert at a time."""
+_PRIMARY, _EXTRA = "regrouped", "extra"
+"""Scratch files of a shard: its examples by their own part, and the copies for further experts."""
+_KINDS = ("overlap", "out_of_part")
+"""Of copies, as the record counts them."""
+_DISTANCE_UNIT = 1 << 20
 
 
 class PartitionWork:
@@ -43,7 +48,7 @@ class PartitionWork:
 
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """Assign every shard, then merge every part."""
-        experts: int = context.stage.config["partition"]["experts"]
+        config: Json = context.stage.config["partition"]
         features = context.input("features")
         shards = [(split, path) for split in SPLITS for path in features.files(f"split={split}/")]
         prefix = features.path("")
@@ -51,15 +56,26 @@ class PartitionWork:
             Unit(f"{i:05d}", {"path": path.removeprefix(prefix).lstrip("/"), "split": split, "index": i, "of": len(shards)})
             for i, (split, path) in enumerate(shards)
         ]
+        if "out_of_part_fraction" in config:
+            counted = yield Phase("count", [unit for unit in units if unit.arguments["split"] == "train"])
+            told = {"chances": _chances(config, counted)}
+            units = [Unit(unit.name, {**unit.arguments, **told}) for unit in units]
         assigned = yield Phase("assign", units)
-        merges = [_merge_unit(split, expert, units, assigned) for split in SPLITS for expert in range(experts)]
-        merged = yield Phase("merge", [unit for unit in merges if unit.arguments["rows"]])
-        _check_complete(context.storage.where(context.stage.name), assigned, merged)
-        return Finished(_summary(experts, units, assigned))
+        merges = [_merge_unit(split, expert, units, assigned) for split in SPLITS for expert in range(config["experts"])]
+        merges = [unit for unit in merges if unit.arguments["rows"]]
+        extras = [_extra_unit(expert, assigned) for expert in range(config["experts"])]
+        extras = [unit for unit in extras if unit.arguments["rows"]]
+        merged = yield Phase("merge", [*merges, *extras])
+        where = context.storage.where(context.stage.name)
+        check_complete(where, [done.payload for done in assigned], merged[: len(merges)])
+        check_complete(where, _extra_payloads(assigned), merged[len(merges) :])
+        return Finished(_summary(config, units, assigned))
 
     def run(self, context: UnitContext) -> Json:
         """One feature shard, or one part of one split."""
-        return _assign(context) if context.phase == "assign" else _merge(context)
+        if context.phase == "count":
+            return _count(context)
+        return _assign(context) if context.phase == "assign" else merge(context)
 
 
 def load_router(router: InputArtifact) -> Router:
@@ -68,96 +84,101 @@ def load_router(router: InputArtifact) -> Router:
     return Router.from_files({name: router.storage.read_bytes(router.path(name)) for name in names})
 
 
+def _chances(config: Json, counted: Sequence[Completion]) -> list[float]:
+    members_K = [sum(counts) for counts in zip(*(done.payload["members"] for done in counted), strict=True)]
+    rows = sum(done.payload["rows"] for done in counted)
+    return chances_to_be_drawn(config["out_of_part_fraction"], members_K, rows)
+
+
 def _merge_unit(split: str, expert: int, units: Sequence[Unit], assigned: Sequence[Completion]) -> Unit:
-    """What to merge for one part: the row group of every regrouped file that holds rows of it."""
-    sources = []
-    rows = size = 0
-    for unit, done in zip(units, assigned, strict=True):
-        if unit.arguments["split"] == split and (count := done.payload["counts"][expert]):
-            sources.append({"path": done.scratch["regrouped"], "groups": done.payload["groups"][expert]})
-            rows += count
-            size += done.payload["bytes"][expert]
-    arguments = {"split": split, "expert": expert, "sources": sources, "rows": rows, "shards": max(1, -(-size // SHARD_BYTES))}
-    return Unit(f"{split}-{expert:04d}", arguments, cost=rows)
+    """What to merge for one part."""
+    here = [done for unit, done in zip(units, assigned, strict=True) if unit.arguments["split"] == split]
+    regrouped = [(done.scratch[_PRIMARY], done.payload) for done in here]
+    return merge_unit(f"{split}-{expert:04d}", f"split={split}/expert={expert:04d}", expert, regrouped)
 
 
-def _summary(experts: int, units: Sequence[Unit], assigned: Sequence[Completion]) -> Json:
+def _extra_unit(expert: int, assigned: Sequence[Completion]) -> Unit:
+    """What to merge of the copies for one expert."""
+    regrouped = [(done.scratch[_EXTRA], done.payload[_EXTRA]) for done in assigned if _EXTRA in done.payload]
+    return merge_unit(f"extra-{expert:04d}", f"{EXTRA_FOLDER}/expert={expert:04d}", expert, regrouped)
+
+
+def _extra_payloads(assigned: Sequence[Completion]) -> list[Json]:
+    return [done.payload[_EXTRA] for done in assigned if _EXTRA in done.payload]
+
+
+def _summary(config: Json, units: Sequence[Unit], assigned: Sequence[Completion]) -> Json:
+    experts: int = config["experts"]
     sizes = {split: [0] * experts for split in SPLITS}
     distances = [0] * experts
+    elsewhere = dict.fromkeys(SPLITS, 0)
     for unit, done in zip(units, assigned, strict=True):
+        elsewhere[unit.arguments["split"]] += done.payload["elsewhere"]
         for expert in range(experts):
             sizes[unit.arguments["split"]][expert] += done.payload["counts"][expert]
             if unit.arguments["split"] == "train":
                 distances[expert] += done.payload["distance_units"][expert]
     means = [units / _DISTANCE_UNIT / count if count else None for units, count in zip(distances, sizes["train"], strict=True)]
-    return {"experts": experts, "sizes": sizes, "mean_distance": means}
+    summary: dict[str, Json] = {"experts": experts, "sizes": sizes, "mean_distance": means}
+    if config["method"] == "given":
+        summary["routed_elsewhere"] = elsewhere
+    if extras := _extra_payloads(assigned):
+        summary["extra"] = {kind: [sum(told[kind][e] for told in extras) for e in range(experts)] for kind in _KINDS}
+    return summary
 
 
-def _check_complete(where: str, assigned: Sequence[Completion], merged: Sequence[Completion]) -> None:
-    """Every example that was assigned must be in exactly one part."""
-    for name in ("rows", "checksum"):
-        before = sum(done.payload[name] for done in assigned) % _WORD
-        after = sum(done.payload[name] for done in merged) % _WORD
-        if before != after:
-            raise CorruptFileError(
-                f"{where} lost or doubled examples ({name}: {before} assigned, {after} merged); delete it and run again"
-            )
+@dataclass(frozen=True)
+class _Routed:
+    """A feature shard whose examples have their parts.
+
+    Attributes:
+        ids_N16: example ids, uint8 [N, 16].
+        features_ND: in the router's space, float32 [N, D]; [N, 0] where there is no router.
+        router: None for a random partition.
+        assignment: `primary_N` is the own part, `second_N` the nearest other one (-1: none).
+        second_squared_distance_N: to that one's centroid, float64 [N]; NaN where there is none.
+        elsewhere: examples that the router alone would send elsewhere.
+    """
+
+    ids_N16: NDArray[np.uint8]
+    features_ND: NDArray[np.float32]
+    router: Router | None
+    assignment: Assignment
+    second_squared_distance_N: NDArray[np.float64]
+    elsewhere: int = 0
+
+    def overlaps(self, ratio: float | None) -> NDArray[np.bool_]:
+        """Which examples train in the second nearest part as well, bool [N]."""
+        return overlaps(self.assignment, self.second_squared_distance_N, ratio)
+
+    def membership(self) -> Membership:
+        """Every example in its own part."""
+        rows_N = np.arange(len(self.ids_N16))
+        return Membership(rows_N, self.assignment.primary_N, _rooted(self.assignment.squared_distance_N))
+
+    def membership_of(self, copies: ExtraCopies) -> Membership:
+        """Copies for further experts, as far from their centroids as they are."""
+        squared_P = np.zeros(len(copies.rows_P))
+        if self.router is not None:
+            squared_P = squared_distances(self.features_ND, self.router.centroids_KD, copies.rows_P, copies.experts_P)
+        return Membership(copies.rows_P, copies.experts_P, _rooted(squared_P))
 
 
-_WORD = 1 << 64
-_DISTANCE_UNIT = 1 << 20
+def _rooted(squared_N: NDArray[np.float64]) -> NDArray[np.float32]:
+    return np.sqrt(squared_N).astype(np.float32)
 
 
-def _checksum(ids_N16: NDArray[np.uint8]) -> int:
-    """A sum over the ids that does not depend on their order."""
-    return int(hash_ids(ids_N16, 0, "checksum").sum(dtype=np.uint64))
-
-
-def _assign(context: UnitContext) -> Json:
-    arguments = context.unit.arguments
+def _route(context: UnitContext) -> _Routed:
+    """Route a shard, or hold its features against the parts that it is given."""
+    settings, path = context.stage.config["partition"], context.unit.arguments["path"]
     features = context.input("features")
-    pieces = list(read_features(features, features.path(arguments["path"])))
+    pieces = list(read_features(features, features.path(path)))
     ids_N16 = np.concatenate([ids for ids, _ in pieces])
-    assignment, second_distance_N = _route(context, ids_N16, pieces)
-    distance_N = np.sqrt(assignment.squared_distance_N).astype(np.float32)
-    columns = {
-        "example_id": ids_from_array(ids_N16),
-        "split": pa.array([arguments["split"]] * len(ids_N16)),
-        "expert": assignment.primary_N.astype(np.int32),
-        "distance": distance_N,
-        "second": assignment.second_N.astype(np.int32),
-        "second_distance": second_distance_N,
-        "primary": np.ones(len(ids_N16), bool),
-    }
-    name = f"assignments/part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
-    write_table(context.output(name), build_table(ASSIGNMENTS, columns))
-    experts: int = context.stage.config["partition"]["experts"]
-    counts = np.bincount(assignment.primary_N, minlength=experts)
-    dataset = open_examples(context, "dataset")
-    rows = read_examples(dataset, [dataset.path(arguments["path"])])
-    groups, sizes = _write_regrouped(context, rows, ids_N16, distance_N, assignment.primary_N)
-    fixed_N = np.rint(distance_N.astype(np.float64) * _DISTANCE_UNIT).astype(np.int64)
-    totals = [int(fixed_N[assignment.primary_N == expert].sum()) for expert in range(experts)]
-    return {
-        "rows": len(ids_N16),
-        "counts": counts.tolist(),
-        "groups": [groups.get(expert, []) for expert in range(experts)],
-        "bytes": [sizes.get(expert, 0) for expert in range(experts)],
-        "distance_units": totals,
-        "checksum": _checksum(ids_N16),
-    }
-
-
-def _route(
-    context: UnitContext, ids_N16: NDArray[np.uint8], pieces: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32]]]
-) -> tuple[Assignment, NDArray[np.float32]]:
-    """The assignment of a shard, and every example's distance to its second nearest centroid, float32 [N]."""
-    settings = context.stage.config["partition"]
     if settings["method"] == "random":
         hashed_N = hash_ids(ids_N16, context.stage.config["seed"], "random-partition")
         primary_N = (hashed_N % np.uint64(settings["experts"])).astype(np.int32)
-        nowhere_N = np.full(len(ids_N16), np.nan, np.float32)
-        return Assignment(primary_N, np.full(len(ids_N16), -1, np.int32), np.zeros(len(ids_N16))), nowhere_N
+        assignment = Assignment(primary_N, np.full(len(ids_N16), -1, np.int32), np.zeros(len(ids_N16)))
+        return _Routed(ids_N16, np.zeros((len(ids_N16), 0), np.float32), None, assignment, np.full(len(ids_N16), np.nan))
     router = load_router(context.input("router"))
     found = [router.route(features_ND) for _, features_ND in pieces]
     assignment = Assignment(
@@ -165,106 +186,76 @@ def _route(
         np.concatenate([a.second_N for a in found]),
         np.concatenate([a.squared_distance_N for a in found]),
     )
-    features_ND = np.concatenate([features for _, features in pieces])
-    return assignment, _distances_to(router, features_ND, assignment.second_N)
+    features_ND = router.transform(np.concatenate([features for _, features in pieces]))
+    elsewhere = 0
+    if settings["method"] == "given":
+        parts_N = aligned_parts(path, ids_N16, *read_parts(context.input("dataset"), path))
+        elsewhere = int(np.count_nonzero(parts_N != assignment.primary_N))
+        assignment = _sent_to(parts_N, assignment, features_ND, router)
+    second_N = np.full(len(ids_N16), np.nan)
+    if router.num_experts > 1:
+        second_N = squared_distances(features_ND, router.centroids_KD, np.arange(len(ids_N16)), assignment.second_N)
+    return _Routed(ids_N16, features_ND, router, assignment, second_N, elsewhere)
 
 
-def _distances_to(router: Router, features_ND: NDArray[np.float32], experts_N: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Distance of every feature to one expert's centroid each, float32 [N]; NaN for expert -1."""
-    if router.num_experts == 1:
-        return np.full(len(features_ND), np.nan, np.float32)
-    differences_ND = router.transform(features_ND).astype(np.float64) - router.centroids_KD[experts_N]
-    return np.sqrt(sum_of_squares(differences_ND)).astype(np.float32)
+def _sent_to(parts_N: NDArray[np.int32], nearest: Assignment, features_ND: NDArray[np.float32], router: Router) -> Assignment:
+    """The assignment to these parts, whatever is nearest; where that is another part, it is the second now."""
+    rows = np.flatnonzero(parts_N != nearest.primary_N)
+    second_N, squared_N = nearest.second_N.copy(), nearest.squared_distance_N.copy()
+    second_N[rows] = nearest.primary_N[rows]
+    squared_N[rows] = squared_distances(features_ND, router.centroids_KD, rows, parts_N[rows])
+    return Assignment(parts_N, second_N, squared_N)
 
 
-def _write_regrouped(
-    context: UnitContext,
-    rows: Iterable[Any],
-    ids_N16: NDArray[np.uint8],
-    distance_N: NDArray[np.float32],
-    primary_N: NDArray[np.int32],
-) -> tuple[dict[int, list[int]], dict[int, int]]:
-    """The shard's examples sorted by expert: row groups of one expert each, by expert, and the bytes of its images.
-
-    A shard whose images exceed `_PIECE_BYTES` is sorted piece by piece, with row groups of its own for each piece.
-    """
-    groups: dict[int, list[int]] = defaultdict(list)
-    sizes: Counter[int] = Counter()
-    start = written = 0
-    with context.scratch("regrouped") as out, pq.ParquetWriter(out, PART, compression="zstd") as writer:
-        for piece in _pieces(rows):
-            stop = start + piece.num_rows
-            _check_same(context, ids_to_array(piece.column("example_id")), ids_N16[start:stop])
-            piece = piece.append_column("distance", pa.array(distance_N[start:stop]))
-            for expert in np.unique(primary_N[start:stop]).tolist():
-                # Not `take`, which first makes one array of the images and refuses to where they exceed 2 GiB.
-                chosen = piece.filter(pa.array(primary_N[start:stop] == expert)).cast(PART)
-                writer.write_table(chosen, row_group_size=max(1, chosen.num_rows))
-                groups[expert].append(written)
-                written += 1
-                sizes[expert] += pc.sum(pc.binary_length(chosen.column("image"))).as_py()
-            start = stop
-    if start != len(ids_N16):
-        _check_same(context, ids_N16[:0], ids_N16)
-    return groups, sizes
+def _count(context: UnitContext) -> Json:
+    """How many training examples of a shard every expert has, without any that are drawn from other parts."""
+    settings, routed = context.stage.config["partition"], _route(context)
+    second_P = routed.assignment.second_N[routed.overlaps(settings.get("overlap"))]
+    members = np.concatenate([routed.assignment.primary_N, second_P])
+    return {"rows": len(routed.ids_N16), "members": np.bincount(members, minlength=settings["experts"]).tolist()}
 
 
-def _pieces(tables: Iterable[Any]) -> Iterator[Any]:
-    """Consecutive tables joined until their images fill a piece."""
-    waiting: list[Any] = []
-    size = 0
-    for table in tables:
-        waiting.append(table)
-        size += table.column("image").nbytes
-        if size >= _PIECE_BYTES:
-            yield pa.concat_tables(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield pa.concat_tables(waiting)
+def _assign(context: UnitContext) -> Json:
+    arguments, settings = context.unit.arguments, context.stage.config["partition"]
+    experts: int = settings["experts"]
+    routed = _route(context)
+    memberships = {_PRIMARY: routed.membership()}
+    kinds: dict[str, Json] = {}
+    if arguments["split"] == "train" and ("overlap" in settings or "out_of_part_fraction" in settings):
+        overlaps_N = routed.overlaps(settings.get("overlap"))
+        chances = arguments.get("chances", [])
+        copies = extra_copies(routed.ids_N16, routed.assignment, overlaps_N, chances, context.stage.config["seed"])
+        memberships[_EXTRA] = routed.membership_of(copies)
+        chosen = (copies.experts_P[copies.overlaps_P], copies.experts_P[~copies.overlaps_P])
+        kinds = {kind: np.bincount(of, minlength=experts).tolist() for kind, of in zip(_KINDS, chosen, strict=True)}
+    _write_assignments(context, routed, memberships)
+    dataset = open_examples(context, "dataset")
+    rows = read_examples(dataset, [dataset.path(arguments["path"])])
+    told = write_regrouped(context, rows, routed.ids_N16, memberships, experts)
+    primary_N, distance_N = memberships[_PRIMARY].experts_P, memberships[_PRIMARY].distance_P
+    fixed_N = np.rint(distance_N.astype(np.float64) * _DISTANCE_UNIT).astype(np.int64)
+    totals = [int(fixed_N[primary_N == expert].sum()) for expert in range(experts)]
+    extra = {_EXTRA: {**told[_EXTRA], **kinds}} if _EXTRA in told else {}
+    return {**told[_PRIMARY], "distance_units": totals, "elsewhere": routed.elsewhere, **extra}
 
 
-def _check_same(context: UnitContext, found_N16: NDArray[np.uint8], expected_N16: NDArray[np.uint8]) -> None:
-    if not np.array_equal(found_N16, expected_N16):
-        path = context.unit.arguments["path"]
-        raise CorruptFileError(f"the features of {path} are of other examples than the dataset's; rebuild the features")
-
-
-def _merge(context: UnitContext) -> Json:
+def _write_assignments(context: UnitContext, routed: _Routed, memberships: Mapping[str, Membership]) -> None:
+    """A row for every example, then one for every copy of it in a further part, which has no second."""
     arguments = context.unit.arguments
-    rows, count = arguments["rows"], arguments["shards"]
-    bounds = [index * rows // count for index in range(count + 1)]
-    prefix = f"split={arguments['split']}/expert={arguments['expert']:04d}"
-    merged = checksum = 0
-    for index, table in enumerate(cut(_row_groups(context, arguments["sources"]), np.diff(bounds).tolist())):
-        # Not sorted over all shards of the part, which would have to be in memory at once: readers sort what they hold.
-        shard = table.sort_by("example_id")
-        write_table(context.output(f"{prefix}/part-{index:05d}-of-{count:05d}.parquet"), shard)
-        merged += shard.num_rows
-        checksum += _checksum(ids_to_array(shard.column("example_id")))
-        context.progress(merged, rows)
-    return {"rows": merged, "checksum": checksum % _WORD}
-
-
-def _row_groups(context: UnitContext, sources: Sequence[Json]) -> Iterator[Any]:
-    for source in sources:
-        with context.storage.open_input(source["path"]) as file:
-            parquet = pq.ParquetFile(file)
-            for group in source["groups"]:
-                yield parquet.read_row_group(group)
-
-
-def cut(tables: Iterable[Any], sizes: Sequence[int]) -> Iterator[Any]:
-    """Regroup a stream of tables into tables of these numbers of rows; draws the next one only when it is needed.
-
-    Where the stream ends early the last tables are shorter, or missing.
-    """
-    stream, waiting, held = iter(tables), [], 0
-    for size in sizes:
-        while held < size and (table := next(stream, None)) is not None:
-            waiting.append(table)
-            held += table.num_rows
-        if not waiting:
-            return
-        together = pa.concat_tables(waiting)
-        yield together.slice(0, size)
-        waiting, held = [together.slice(size)], max(0, held - size)
+    every = list(memberships.values())
+    rows_P = np.concatenate([membership.rows_P for membership in every])
+    second_P, second_distance_P = np.full(len(rows_P), -1, np.int32), np.full(len(rows_P), np.nan, np.float32)
+    num_rows = len(routed.ids_N16)
+    second_P[:num_rows] = routed.assignment.second_N
+    second_distance_P[:num_rows] = _rooted(routed.second_squared_distance_N)
+    columns = {
+        "example_id": ids_from_array(routed.ids_N16[rows_P]),
+        "split": pa.array([arguments["split"]] * len(rows_P)),
+        "expert": np.concatenate([membership.experts_P for membership in every]).astype(np.int32),
+        "distance": np.concatenate([membership.distance_P for membership in every]),
+        "second": second_P,
+        "second_distance": second_distance_P,
+        "primary": np.arange(len(rows_P)) < num_rows,
+    }
+    name = f"assignments/part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
+    write_table(context.output(name), build_table(ASSIGNMENTS, columns))

@@ -232,6 +232,8 @@ def _parts(context: Context, sample: _Sample, overall: Distances | None) -> list
             "typical": [_exemplar(sample, row, images, names) for row in typical],
             "borderline": [_borderline(sample, row, images, names) for row in borderline],
         }
+        if "extra" in partition.payload:
+            part["extra"] = sum(counts[expert] for counts in partition.payload["extra"].values())
         parts.append(part)
     return parts
 

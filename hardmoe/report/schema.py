@@ -126,10 +126,11 @@ class PartDistances(TypedDict):
 
 
 class Part(TypedDict):
-    """One expert's share of the dataset."""
+    """One expert's share of the dataset; `extra` counts the training images of other parts that its expert sees as well."""
 
     expert: int
     sizes: Sizes
+    extra: NotRequired[int]
     mean_distance: float | None
     distances: PartDistances | None
     tags: list[TagLift]

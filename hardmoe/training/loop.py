@@ -74,7 +74,8 @@ class TrainingResult:
     validation_precision_at_1: float | None
     """After the last epoch; None without labelled validation examples."""
     samples_per_epoch: tuple[int, ...]
-    """How many each epoch shows: the labelled examples, those with rare hashtags more than once if the config says so."""
+    """How many each epoch shows: the labelled examples, as often as their set says, those with rare hashtags more often if the
+    config says so."""
 
 
 @dataclass
@@ -220,7 +221,7 @@ class _Training:
             self._log({"step": state.step, "epoch": epoch, "examples": seen, "loss": state.final_loss, "learning_rate": rate})
         if not self.schedule.ends_epoch(state.step):
             return
-        if self.config.repeat_threshold is not None:
+        if self.config.repeat_threshold is not None or self.examples.times_N is not None:
             samples = int(self.schedule.samples_E[epoch - 1])
             self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
         if self.validation:
@@ -277,6 +278,8 @@ class _Training:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for array in (self.examples.ids_N16, self.examples.label_offsets, self.examples.label_indices_L):
             digest.update(array.tobytes())
+        if self.examples.times_N is not None:
+            digest.update(self.examples.times_N.tobytes())
         # An id may be the user's own name of an image that was replaced since; hashing costs a fraction of the decoding.
         for images_B3SS in self.examples.sequential_images(self.config.batch_size):
             digest.update(images_B3SS.data)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hardmoe.config import Json
 from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.loader import EncodedBatch, ExampleSet
-from hardmoe.data.reading import example_shards, labels_of, read_examples
+from hardmoe.data.reading import example_shards, labels_of, num_trained_on, read_examples, training_shards
 from hardmoe.errors import CorruptFileError
 from hardmoe.models.backbones import TagClassifier, build_backbone
 from hardmoe.stage import InputArtifact, UnitContext
@@ -64,6 +64,8 @@ class NetworkJob:
     seed: int
     start: Mapping[str, Tensor] | None = None
     """Weights to start from; None for fresh ones."""
+    as_often_as_in: InputArtifact | None = None
+    """A partition: show every example as often as all its experts together do; None to show each once."""
 
 
 def unit_device(context: UnitContext) -> torch.device:
@@ -106,6 +108,8 @@ def architecture_of(network: InputArtifact) -> Architecture:
 def train_network(context: UnitContext, job: NetworkJob, description_file: str) -> Json:
     """Train, and write the network's files; returns the payload of its record."""
     examples = load_examples(job, "train").labelled()
+    if job.as_often_as_in is not None:
+        examples = examples.shown(num_trained_on(job.as_often_as_in, examples.ids_N16))
     validation = load_examples(job, "validation").labelled()
     model = build_network(job.architecture, job.seed)
     if job.start is not None:
@@ -138,7 +142,8 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
 
 def load_examples(job: NetworkJob, split: str) -> ExampleSet:
     """A split's examples, decoded, with their labels."""
-    paths = example_shards(job.examples, split, job.expert)
+    training = split == "train"
+    paths = training_shards(job.examples, job.expert) if training else example_shards(job.examples, split, job.expert)
     return ExampleSet.from_stream(
         _encoded(job, paths),
         image_size=job.architecture.image_size,

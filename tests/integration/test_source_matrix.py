@@ -1,6 +1,7 @@
 """The same 500 images through every source, from a disk and from S3: the same dataset, row for row and byte for byte."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,19 @@ def test_every_source_gives_the_same_dataset(section: dict[str, Any], tmp_path: 
     assert shards(root) == plain
     origins = [row for path in root.glob("dataset/origin/*.parquet") for row in pq.read_table(path).to_pylist()]
     assert len(origins) == len({row["source_uri"] for row in origins}) == len(EXAMPLES)
+    assert not list(root.glob("dataset/quarantine/*"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "folder-names"])
+def test_every_source_with_a_table_gives_the_same_parts(tmp_path: Path, kind: str) -> None:
+    """A text of digits is the number that it shows, whatever the container makes of it."""
+    examples = [replace(row, part=f"{hashlib.sha256(row.image).digest()[0] % 11:02d}") for row in EXAMPLES[:80]]
+    section = WRITERS[kind](tmp_path / "photos", examples)
+    root = build(tmp_path, section, part_column="part", shard_rows=32)
+    tables = [pq.read_table(path, partitioning=None) for path in sorted(root.glob("dataset/parts/split=*/*.parquet"))]
+    found = {row["example_id"]: row["part"] for table in tables for row in table.to_pylist()}
+    assert found == {hashlib.sha256(row.image).digest()[:16]: int(row.part) for row in examples}
+    assert sum(table.num_rows for table in tables) == len(found)
     assert not list(root.glob("dataset/quarantine/*"))
 
 

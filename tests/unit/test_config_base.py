@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hardmoe.config import Config, operational
+from hardmoe.config import Config, added, operational
 
 
 class Section(Config):
@@ -36,6 +36,19 @@ def test_a_field_is_identity_unless_it_says_otherwise() -> None:
 
     assert "extra" in Wider().identity()
     assert Wider.operational_fields() == {"place", "threads"}
+
+
+def test_a_field_that_came_later_bears_identity_only_where_it_was_set() -> None:
+    """A root built before the field existed must still be the recipe's, and one that uses it another."""
+
+    class Later(Section):
+        ratio: float | None = added(None, ge=1.0)
+
+    assert Later().identity() == Later(ratio=None).identity() == Section().identity()
+    assert Later(ratio=1.5).identity() == {**Section().identity(), "ratio": 1.5}
+    assert Later.model_validate(Section().identity()) == Later()
+    assert Later.added_fields() == {"ratio"}
+    assert "ratio" not in Later(ratio=1.5).operational_values()
 
 
 @pytest.mark.parametrize(

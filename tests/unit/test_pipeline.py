@@ -29,9 +29,9 @@ def identify(directory: Path, **sections: Any) -> ExternalInputs:
 
 
 def test_stages_come_after_their_inputs_with_and_without_external_features() -> None:
-    for features in ({}, {"path": "f.parquet"}):
+    for sections in ({}, {"features": {"path": "f.parquet"}}, GIVEN, {"partition": {"overlap": 1.1}}):
         seen: set[str] = set()
-        for name, stage in stages_of(features=features, evaluation={"random_partition": True}).items():
+        for name, stage in stages_of(**sections, evaluation={"random_partition": True}).items():
             assert set(stage.inputs.values()) <= seen, name
             seen.add(name)
 
@@ -47,6 +47,44 @@ def test_external_features_stand_on_the_dataset_alone_and_are_known_by_content()
     assert first.config == moved.config
     assert first.config != other.config
     assert first.config != keyed.config
+
+
+GIVEN: dict[str, Any] = {"dataset": {"part_column": "cluster"}, "partition": {"method": "given", "experts": 4}}
+
+
+def test_given_parts_need_a_router_of_their_means_that_knows_the_dataset() -> None:
+    stages = stages_of(**GIVEN)
+    assert stages["router"].inputs == {"dataset": "dataset", "features": "features"}
+    assert stages["router"].config == {"partition": {"experts": 4, "method": "given", "transform": "l2"}}
+    assert stages["partition"].inputs == {"dataset": "dataset", "features": "features", "router": "router"}
+    assert stages["dataset"].operational["experts"] == 4
+    assert stages_of(dataset=GIVEN["dataset"])["dataset"].operational["experts"] is None
+
+
+def test_copies_for_further_experts_change_neither_the_router_nor_anything_before_it() -> None:
+    """So that trying out several ratios costs one fit."""
+    plain = stages_of(partition={"experts": 4})
+    for extra in ({"overlap": 1.1}, {"out_of_part_fraction": 0.02}):
+        stages = stages_of(partition={"experts": 4, **extra})
+        for name in ("dataset", "vocabulary", "trunk", "features", "router"):
+            assert stages[name] == plain[name], name
+        assert stages["partition"].config == {"partition": {"experts": 4, "method": "kmeans", **extra}, "seed": 0}
+    assert plain["partition"].config == {"partition": {"experts": 4, "method": "kmeans"}, "seed": 0}
+
+
+@pytest.mark.parametrize("extra", [{"overlap": 1.0}, {"out_of_part_fraction": 0.02}])
+def test_dense_baseline_reads_a_partition_only_where_there_are_copies(extra: dict[str, float]) -> None:
+    plain, stages = stages_of()["baselines/dense"], stages_of(partition=extra)["baselines/dense"]
+    assert "partition" not in plain.inputs.values()
+    assert stages.inputs == {**plain.inputs, "extra_copies": "partition"}
+    assert stages.config == plain.config
+
+
+def test_random_control_draws_from_other_parts_too() -> None:
+    partition = {"overlap": 1.1, "out_of_part_fraction": 0.02, "experts": 4}
+    stages = stages_of(partition=partition, evaluation={"random_partition": True})
+    expected = {"experts": 4, "method": "random", "out_of_part_fraction": 0.02}
+    assert stages["baselines/random/partition"].config["partition"] == expected
 
 
 def test_own_features_have_an_identity_without_files_and_threads() -> None:

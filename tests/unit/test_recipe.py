@@ -46,7 +46,22 @@ def refusal(path: Path, *overrides: str) -> str:
         ("partition: {experts: true}", "partition.experts must be a whole number, not true"),
         ("partition: {experts: 2.5}", "partition.experts must be a whole number, not 2.5"),
         ("partition: {experts: 0}", "partition.experts must be at least 1, not 0"),
-        ("partition: {method: magic}", "partition.method must be 'kmeans' or 'random', not 'magic'"),
+        ("partition: {method: magic}", "partition.method must be 'kmeans', 'given' or 'random', not 'magic'"),
+        ("partition: {overlap: 0.9}", "partition.overlap must be at least 1, not 0.9"),
+        ("partition: {out_of_part_fraction: 1}", "partition.out_of_part_fraction must be less than 1, not 1"),
+        (
+            "partition: {method: random, overlap: 1.1}",
+            "overlap 1.1 goes by distances to centroids, and method 'random' has none; take it out, or set out_of_part_fraction",
+        ),
+        (
+            "partition: {experts: 1, overlap: 1.1}",
+            "overlap 1.1 needs other parts, and experts is 1; take it out, or raise experts",
+        ),
+        ("partition: {experts: 1, out_of_part_fraction: 0.02}", "out_of_part_fraction 0.02 needs other parts, and experts is 1"),
+        (
+            "partition: {method: given}",
+            "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans",
+        ),
         ("dataset: {path: 5}", "dataset.path must be text or a list, as in [a, b]"),
         ("trunk: {learning_rate: .nan}", "trunk.learning_rate must be "),
         ("trunk: resnet18", "trunk must be a section with keys of its own, not 'resnet18'"),

@@ -70,6 +70,8 @@ class RawExample:
     """The image's licence, where the source knows it."""
     location: Location | None = None
     """Where `fetch` finds these bytes again; None if the source cannot say."""
+    part: str | None = None
+    """The part of the partition, where `dataset.part_column` says so: a name, or a number's digits."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def make_example(
             split=None if config.split_column is None else split_of(values.get(config.split_column), config.split_column, uri),
             license=None if config.license_column is None else _license(values.get(config.license_column)),
             location=location,
+            part=None if config.part_column is None else part_of(values.get(config.part_column), config.part_column),
         )
     except UnusableRowError as error:
         return BadExample(printable(uri), str(error))
@@ -83,6 +84,25 @@ def split_of(value: Any, column: str, uri: str) -> str:
         found = "null" if value is None else repr(value)[:80]
         raise DataError(f"{printable(uri)}: split {found} in column {column!r} is none of {', '.join(SPLITS)}; correct the data")
     return value
+
+
+def part_of(value: Any, column: str) -> str:
+    """The part as text: a name, or a whole number's digits, so that a table of text means the same as one of numbers.
+
+    Raises:
+        UnusableRowError: there is none, or it can be neither.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise UnusableRowError(f"no part in the column {column!r}")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UnusableRowError(f"the part in {column!r} is neither a whole number nor a string")
+    text = _unicode(str(value).strip())
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal()):
+        return text
+    if text.startswith("-"):
+        raise UnusableRowError(f"the part in {column!r} is a negative number")
+    return digits.lstrip("0") or "0"
 
 
 def printable(text: str) -> str:

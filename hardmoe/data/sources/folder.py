@@ -42,7 +42,7 @@ class FolderSource:
             DataError: columns are asked for, and there is no table that could have them.
         """
         self._config = config
-        for key in ("id_column", "split_column", "license_column"):
+        for key in ("id_column", "split_column", "license_column", "part_column"):
             if config.tags_path is None and getattr(config, key) is not None:
                 raise DataError(f"dataset.{key} needs a table that has it; set dataset.tags_path, or leave dataset.{key} out")
 
@@ -144,7 +144,7 @@ class FolderSource:
             columns = list(dict.fromkeys(name for row in rows if not isinstance(row, UnusableRowError) for name in row))
         if not columns:
             raise DataError(f"{where} has no usable row; correct it, or leave it out to take the folders' names as hashtags")
-        for key in ("tags_column", "id_column", "split_column", "license_column"):
+        for key in ("tags_column", "id_column", "split_column", "license_column", "part_column"):
             column = getattr(self._config, key)
             if column is not None and column not in columns:
                 raise missing_column(where, key, column, columns)
@@ -167,7 +167,7 @@ class FolderSource:
             yield from self._tabled(rows, items["column"], folder)
             return
         names = self._names_of_run(items)
-        # Columns that an image without a row cannot have are not asked for.
+        # Columns that an image without a row cannot have are not asked for, but for its part, which it cannot do without.
         config = self._config.model_copy(update=_NO_COLUMNS)
         for (name, path), found in folder.read_all(names, lambda item: item[1]):
             if isinstance(found, UnusableRowError):

@@ -62,7 +62,7 @@ class HuggingFaceSource:
 
     def _check_columns(self, split: str, rows: Any) -> None:
         there = rows.column_names
-        for key in ("image_column", "tags_column", "id_column", "split_column", "license_column"):
+        for key in ("image_column", "tags_column", "id_column", "split_column", "license_column", "part_column"):
             column = getattr(self._config, key)
             if column is None or column in there:
                 continue
@@ -118,7 +118,7 @@ class HuggingFaceSource:
         """
         split, stop = shard.items["split"], shard.items["stop"]
         names = {self._config.image_column, self._config.tags_column, self._config.id_column}
-        names |= {self._config.split_column, self._config.license_column}
+        names |= {self._config.split_column, self._config.license_column, self._config.part_column}
         rows = self._splits[split]
         columns = sorted(name for name in names if name is not None and name in rows.column_names)
         readers = {name: _reader(rows.features[name], name == self._config.tags_column) for name in columns}

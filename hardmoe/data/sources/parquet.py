@@ -91,6 +91,10 @@ def _is_key(type_: pa.DataType) -> bool:
     return _is_string(type_) or _is_binary(type_) or pa.types.is_integer(type_)
 
 
+def _is_part(type_: pa.DataType) -> bool:
+    return bool(_is_string(type_) or pa.types.is_integer(_plain(type_)) or pa.types.is_null(type_))
+
+
 def _is_license(type_: pa.DataType) -> bool:
     return bool(_is_string(type_) or pa.types.is_integer(type_) or pa.types.is_null(type_))
 
@@ -101,6 +105,7 @@ _EXPECTED = {
     "id_column": (_is_key, "names: string, integer or binary"),
     "split_column": (_is_string, "strings: train, validation or test"),
     "license_column": (_is_license, "licences: string or integer"),
+    "part_column": (_is_part, "parts: whole numbers from 0, or strings"),
 }
 
 

@@ -34,6 +34,7 @@ def test_identity_is_frozen():
         "shard_rows": 8192,
         "max_pixels": 100_000_000,
     }
+    assert DatasetConfig(part_column="p").identity() == {**DatasetConfig().identity(), "part_column": "p"}
     assert HashtagsConfig(aliases="a.csv").identity() == {"min_count": 20, "max_tags": 2000}
 
 
@@ -65,6 +66,12 @@ def test_fractions_that_leave_no_training_data_are_refused_with_the_fix():
     with pytest.raises(ValidationError, match=r"test_fraction 0\.5 \+ validation_fraction 0\.5 = 1 .*make their sum less than 1"):
         DatasetConfig(test_fraction=0.5, validation_fraction=0.5)
     assert DatasetConfig(test_fraction=0.5, validation_fraction=0.0).validation_fraction == 0.0
+
+
+@pytest.mark.parametrize("source", ["icons", "iconify", "yfcc100m"])
+def test_column_of_parts_is_refused_where_the_source_has_no_columns(source):
+    with pytest.raises(ValidationError, match=rf"part_column is for sources with columns, and '{source}' has none; take it out"):
+        DatasetConfig(source=source, part_column="cluster")
 
 
 def test_unknown_source_is_left_to_the_registry():

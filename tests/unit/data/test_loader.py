@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -185,6 +186,44 @@ def test_training_batches_with_repeats_show_each_example_as_often_as_its_epoch_s
         assert sorted(image.tobytes() for image in shown) == sorted(image.tobytes() for image in expected)
         assert repeats.max() > 1
         first = last
+
+
+def shown_times(examples: ExampleSet, epochs: int, threshold: float | None = None) -> list[dict[bytes, int]]:
+    """How often each epoch's batches show the pixels of every example."""
+    schedule = examples.schedule(7, epochs, seed=2, repeat_threshold=threshold)
+    batches = [batch.images_B3SS.numpy() for batch in examples.training_batches(schedule)]
+    assert len(batches) == schedule.total_steps
+    shown = [Counter[bytes]() for _ in range(epochs)]
+    for step, images in enumerate(batches):
+        shown[schedule.place(step)[0]].update(image.tobytes() for image in images)
+    assert [counts.total() for counts in shown] == schedule.samples_E.tolist()
+    return [dict(counts) for counts in shown]
+
+
+def test_examples_to_be_shown_several_times_are_shown_exactly_so_often_in_every_epoch() -> None:
+    examples = Collection(60).build(list(range(60)))
+    times = np.random.default_rng(3).integers(1, 4, 60)
+    expected = {examples.images_at(np.array([at]))[0].tobytes(): int(count) for at, count in enumerate(times)}
+    assert shown_times(examples.shown(times), epochs=3) == [expected] * 3
+    kept = np.arange(0, 60, 3)
+    some = {examples.images_at(np.array([at]))[0].tobytes(): int(times[at]) for at in kept}
+    assert shown_times(examples.shown(times).take(kept), epochs=2) == [some] * 2
+
+
+def test_examples_shown_several_times_are_repeated_for_rare_tags_on_top_of_that() -> None:
+    examples = Collection(60).build(list(range(60))).labelled()
+    plain = examples.schedule(7, 3, seed=2, repeat_threshold=0.9)
+    twice = examples.shown(np.full(len(examples), 2)).schedule(7, 3, seed=2, repeat_threshold=0.9)
+    assert plain.factors_N is not None and twice.factors_N is not None
+    np.testing.assert_array_equal(twice.factors_N, 2 * plain.factors_N)
+
+
+def test_examples_shown_once_each_are_the_ones_that_nothing_was_said_of() -> None:
+    """The batches, and so the bytes of a training, must not depend on who asks."""
+    examples = Collection(23).build(list(range(23)))
+    again = examples.shown(np.ones(23, np.int64))
+    assert again.times_N is None
+    assert again.schedule(5, 2, seed=1).factors_N is None
 
 
 def test_reduced_decoding_is_asked_of_the_decoder() -> None:

@@ -103,7 +103,7 @@ def test_folder_without_images_is_refused(tmp_path: Path) -> None:
         FolderSource(DatasetConfig(source="folder")).files()
 
 
-@pytest.mark.parametrize("key", ["id_column", "split_column", "license_column"])
+@pytest.mark.parametrize("key", ["id_column", "split_column", "license_column", "part_column"])
 def test_column_without_a_table_is_refused(photos: Path, key: str) -> None:
     with pytest.raises(DataError, match=rf"dataset\.{key} needs a table.*dataset\.tags_path"):
         source_of(photos, **{key: "name"})

@@ -347,6 +347,23 @@ def test_many_experts_fold_their_galleries_and_stay_small():
     assert max(len(line["points"].split()) for line in page.all("polyline")) == 240
 
 
+def test_images_of_other_parts_that_an_expert_sees_are_told_only_where_there_are_any(full_page):
+    data = make_data(2)
+    data["parts"][1]["extra"] = 1234
+    page = render_report(data, make_provenance(2))
+    assert [int(count.replace(",", "")) for count in re.findall(r"and ([\d,]+) of other parts", page)] == [1234]
+    assert "of other parts" not in full_page
+
+
+def test_page_says_whether_the_nearest_centroid_or_a_column_decided(full_page):
+    data = make_data(2)
+    data["recipe"]["partition"]["method"] = "given"
+    page = render_report(data, make_provenance(2))
+    assert "A column of the dataset says which part an image is in" in page
+    assert "sends every image to the expert with the nearest centroid" in full_page
+    assert "sends every image" not in page
+
+
 def test_a_bare_run_renders_without_the_missing_pieces():
     data, provenance = make_data(2, 20), make_provenance(2)
     data["metrics"]["systems"] = {name: {"precision@1": {"value": 0.5}} for name in ("trunk", "mixture")}

@@ -63,6 +63,7 @@ class Attempt:
     config: TrainingConfig = CONFIG
     backbone: str = "quicknet_w4"
     seed: int = 0
+    examples: ExampleSet | None = None
 
     def __post_init__(self) -> None:
         self.storage = LocalStorage(self.folder)
@@ -77,7 +78,8 @@ class Attempt:
         model = make_model(self.backbone)
         log = MetricsLog()
         sinks = TrainingSinks(Checkpoints(self.storage, "checkpoints"), log, watch)
-        result = train(model, EXAMPLES, self.config, seed=self.seed, device=CPU, validation=VALIDATION, sinks=sinks)
+        examples = EXAMPLES if self.examples is None else self.examples
+        result = train(model, examples, self.config, seed=self.seed, device=CPU, validation=VALIDATION, sinks=sinks)
         return result, model.state_dict(), log.to_bytes()
 
 
@@ -118,6 +120,32 @@ def test_training_with_repeats_killed_and_resumed_has_the_bits_of_an_uninterrupt
     resumed = attempt.run()
     assert (resumed[0], resumed[2]) == (result, metrics)
     assert_same_bits(resumed[1], weights)
+
+
+def test_training_that_shows_some_examples_more_often_says_so_and_survives_kills(tmp_path: Path) -> None:
+    times = np.where(np.arange(61) % 3 == 0, 2, 1)
+    often = EXAMPLES.shown(times)
+    result, weights, metrics = Attempt(tmp_path / "whole", examples=often).run()
+    assert result.samples_per_epoch == (82, 82, 82)
+    assert result.examples_seen == 246
+    rows = [json.loads(line) for line in metrics.decode().splitlines()]
+    assert [(row["samples"], row["unique_examples"]) for row in rows if "samples" in row] == [(82, 61)] * 3
+    attempt = Attempt(tmp_path / "killed", examples=often)
+    with pytest.raises(Killed):
+        attempt.run(16)
+    resumed = attempt.run()
+    assert (resumed[0], resumed[2]) == (result, metrics)
+    assert_same_bits(resumed[1], weights)
+
+
+def test_checkpoint_of_a_training_that_showed_other_examples_more_often_is_not_resumed(tmp_path: Path) -> None:
+    """As many steps, the same examples: only how often each is shown tells the two apart."""
+    first, second = (EXAMPLES.shown(np.where(np.arange(61) % 3 == at, 2, 1)) for at in (1, 2))
+    with pytest.raises(Killed):
+        Attempt(tmp_path, examples=first).run(16)
+    other = Attempt(tmp_path, examples=second)
+    assert_same_bits(other.run()[1], Attempt(tmp_path / "fresh", examples=second).run()[1])
+    assert other.progress[0].step == 1
 
 
 def test_training_with_repeats_reports_unique_examples_and_samples_apart(tmp_path: Path) -> None:
