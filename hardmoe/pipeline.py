@@ -13,7 +13,7 @@ from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.inventory import Inventory, take_inventory
 from hardmoe.data.places import read_place
 from hardmoe.data.sources.registry import open_source
-from hardmoe.data.stages import dataset_stage, vocabulary_stage, with_source
+from hardmoe.data.stages import dataset_stage, vocabulary_stage, with_followers, with_source
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError
 from hardmoe.evaluation.stage import System, evaluation_stage
@@ -98,7 +98,7 @@ def select(stages: Sequence[Stage], targets: Sequence[str]) -> list[Stage]:
     for stage in reversed(stages):
         if stage.name in wanted:
             wanted |= set(stage.inputs.values())
-    return [stage for stage in stages if stage.name in wanted]
+    return with_followers([stage for stage in stages if stage.name in wanted])
 
 
 def _mixture(recipe: Recipe, stages: list[Stage], partition: str, place: str, embeddings: str, decoder: str) -> Mixture:
