@@ -14,7 +14,11 @@ from hardmoe.data.config import DatasetConfig
 from hardmoe.data.inventory import Inventory, take_inventory
 from hardmoe.data.places import read_place
 from hardmoe.data.sources.registry import open_source
+<<<<<<< HEAD
 from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_source
+=======
+from hardmoe.data.stages import dataset_stage, vocabulary_stage, with_followers, with_source
+>>>>>>> leftovers
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError, RecipeError
 from hardmoe.evaluation.stage import System, evaluation_stage
@@ -100,7 +104,7 @@ def select(stages: Sequence[Stage], targets: Sequence[str]) -> list[Stage]:
     for stage in reversed(stages):
         if stage.name in wanted:
             wanted |= set(stage.inputs.values())
-    return [stage for stage in stages if stage.name in wanted]
+    return with_followers([stage for stage in stages if stage.name in wanted])
 
 
 def sweep_stages(recipe: Recipe, counts: Sequence[int], num_seeds: int) -> list[Stage]:

@@ -11,6 +11,7 @@ import yaml
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.checks import check_before_building, taken_over
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
+from hardmoe.cli.notices import tell_about_data
 from hardmoe.data.schemas import SPLITS
 from hardmoe.errors import RecipeError
 from hardmoe.execution.backend import Backend
@@ -66,24 +67,8 @@ def build(
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, lambda: _backend(recipe.execution, display), reporter, limits).run(plan)
-        _tell_left_out(recipe, plan, missing)
+        tell_about_data(recipe, plan, missing)
     return Built(store, recipe, plan, frozenset(missing))
-
-
-def _tell_left_out(recipe: Recipe, plan: Plan, fresh: set[str]) -> None:
-    """Say on stderr how many rows and examples were of no use, where they are listed, and what was not copied."""
-    if "dataset" in fresh:
-        payload = plan.artifacts["dataset"].payload
-        if count := payload["quarantined"]:
-            click.echo(f"{count} rows could not be used: see dataset/quarantine in the root", err=True)
-        if (near := payload["near_duplicates"]) and (count := sum(near["removed"].values())):
-            click.echo(f"{count} near-duplicates were removed: see dataset/duplicates in the root", err=True)
-        if payload["store"] == "reference" and recipe.dataset.store == "auto":
-            click.echo("no image was copied (dataset.store: auto): keep them where they are until the run is through", err=True)
-    if "vocabulary" in fresh:
-        payload = plan.artifacts["vocabulary"].payload
-        if count := payload["without_hashtags"] + payload["outside_vocabulary"]:
-            click.echo(f"{count} examples have no hashtag of the vocabulary: see vocabulary/unlabelled in the root", err=True)
 
 
 def print_plan(options: Mapping[str, Any]) -> None:

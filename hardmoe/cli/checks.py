@@ -1,14 +1,18 @@
 """What is looked at before anything is started: everything that would otherwise fail hours later, or not at all.
 
 A misspelt root in `reuse`, a root that was taken from and is gone, a backbone that does not exist or does not take images of
-this size, a unified space that is too wide. Rejected: leaving these to the stage that stumbles over them, which is after
-the ingestion of all images, or after the training of all experts.
+this size, a unified space that is too wide, a dataset with nothing to evaluate on. Rejected: leaving these to the stage that
+stumbles over them, which is after the ingestion of all images, or after the training of all experts.
 """
 
 from hardmoe.artifacts.record import RECORD_NAME, parse_record
 from hardmoe.artifacts.store import Artifact, find_reusable
 from hardmoe.cli.common import RECIPE_FILE
+<<<<<<< HEAD
 from hardmoe.data.given_parts import check_parts
+=======
+from hardmoe.data.splits import check_test_examples, check_test_labels
+>>>>>>> leftovers
 from hardmoe.errors import MissingRecordError, RebuiltInputError, RecipeError
 from hardmoe.execution.plan import Plan
 from hardmoe.recipe import Recipe
@@ -22,11 +26,19 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
 
     Raises:
         RecipeError: the recipe asks for something impossible.
+<<<<<<< HEAD
         DataError: the parts that the dataset's own column gives are not as many as the experts.
         ArtifactError: an artifact that lies in another root is there no more.
     """
     _check_reuse(recipe)
     _check_given_parts(recipe, plan)
+=======
+        DataError: an evaluation is asked for and there is nothing to evaluate on.
+        ArtifactError: an artifact that lies in another root is there no more.
+    """
+    _check_reuse(recipe)
+    _check_test_split(recipe, plan)
+>>>>>>> leftovers
     for stage in plan.missing:
         for name in stage.inputs.values():
             if (artifact := plan.artifacts.get(name)) is not None:
@@ -49,6 +61,17 @@ def taken_over(recipe: Recipe, plan: Plan) -> dict[str, Artifact]:
             if artifact is not None:
                 known[stage.name] = found[stage.name] = artifact
     return found
+
+
+def _check_test_split(recipe: Recipe, plan: Plan) -> None:
+    """A dataset and a vocabulary that were finished when nobody asked for an evaluation yet."""
+    if "evaluation" not in {stage.name for stage in plan.missing}:
+        return
+    known = plan.artifacts | (taken_over(recipe, plan) if recipe.reuse else {})
+    if (dataset := known.get("dataset")) is not None:
+        check_test_examples(recipe.dataset, dataset.payload["sizes"])
+    if (vocabulary := known.get("vocabulary")) is not None:
+        check_test_labels(recipe.hashtags, vocabulary.payload["labelled"])
 
 
 def _check_reuse(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""The commands that look: status, logs, show, verify. They read the run's files and start nothing."""
+"""The commands that look: status, logs, show. They read the run's files and start nothing."""
 
 import json
 import time
@@ -11,10 +11,10 @@ import click
 
 from hardmoe.artifacts.lease import TIME_TO_LIVE_SECONDS, lease_holder
 from hardmoe.artifacts.record import PROVENANCE_NAME
-from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.cli.common import existing_run, format_table
 from hardmoe.config import Json
-from hardmoe.errors import ArtifactError, CorruptFileError, RecipeError, StorageError
+from hardmoe.errors import CorruptFileError, RecipeError, StorageError
 from hardmoe.execution.progress import STATUS_SECONDS
 from hardmoe.execution.task import BuildPaths
 from hardmoe.execution.tracked import format_seconds
@@ -121,7 +121,7 @@ def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> Non
     storage, recipe = existing_run(options)
     names = _artifact_names(storage, recipe)
     if name is not None:
-        names = [_resolve(names, name)]
+        names = [resolve(names, name)]
     if failed:
         _print_failures(storage, names)
         return
@@ -149,8 +149,13 @@ def _print_failures(storage: Storage, names: Sequence[str]) -> None:
 def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
     """Print a record: as JSON with its provenance, or for people."""
     storage, recipe = existing_run(options)
+<<<<<<< HEAD
     names = _artifact_names(storage, recipe)
     artifact = ArtifactStore(storage).get(_resolve(names, name))
+=======
+    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+    artifact = ArtifactStore(storage).get(resolve(names, name))
+>>>>>>> leftovers
     provenance = _provenance(storage, artifact.name)
     if as_json:
         click.echo(json.dumps({"record": artifact.record.body(), "provenance": provenance}, indent=1, sort_keys=True))
@@ -170,6 +175,7 @@ def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
         click.echo(json.dumps(body, indent=2, sort_keys=True))
 
 
+<<<<<<< HEAD
 def verify_artifacts(options: Mapping[str, Any], names: Sequence[str]) -> None:
     """Hash every vouched file and check every input's record; tell all problems, then fail if there were any."""
     storage, recipe = existing_run(options)
@@ -206,6 +212,9 @@ def _check_inputs(store: ArtifactStore, artifact: Artifact) -> None:
 
 
 def _resolve(names: Sequence[str], name: str) -> str:
+=======
+def resolve(names: Sequence[str], name: str) -> str:
+>>>>>>> leftovers
     """The artifact that a person means: its whole name, or the last part of it (`expert-0007`)."""
     wanted = name.strip("/")
     if wanted in names:

@@ -212,12 +212,13 @@ def show(name: str, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--images", is_flag=True, help="Also read every image that a dataset refers to and does not hold (dataset.store).")
 @recipe_options
-def verify(names: tuple[str, ...], **options: Any) -> None:
+def verify(names: tuple[str, ...], images: bool, **options: Any) -> None:
     """Hash again every file that the records vouch for, of all artifacts or of those named."""
-    from hardmoe.cli.inspect import verify_artifacts
+    from hardmoe.cli.verify import verify_artifacts
 
-    verify_artifacts(options, names)
+    verify_artifacts(options, names, images)
 
 
 @cli.group()

@@ -29,10 +29,15 @@ from hardmoe.data.schemas import SPLITS
 from hardmoe.data.source_files import SOURCE_FILE, checked_inventory, source_table
 from hardmoe.data.sources.base import NamingSource, ReferableSource, Source
 from hardmoe.data.sources.registry import open_source
+<<<<<<< HEAD
 from hardmoe.data.stages import EXPECTED_PARTS
+=======
+from hardmoe.data.splits import check_test_examples
+from hardmoe.data.stages import is_followed_by
+>>>>>>> leftovers
 from hardmoe.data.writing import write_copies, write_references
 from hardmoe.errors import DataError
-from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Stage, Unit, UnitContext
 
 _MOST_BUCKETS = 1024
 _AUTO_COPY_BYTES = 64 * 2**30
@@ -53,8 +58,12 @@ class DatasetWork:
         inventory = checked_inventory(context, source)
         store = _store(config, source, inventory)
         ingested = yield _ingest_phase(config, source, store)
+<<<<<<< HEAD
         _check_ingested(config, ingested)
         parts = _parts(context, config, ingested)
+=======
+        _check_ingested(context.stage, config, ingested)
+>>>>>>> leftovers
         count = _num_shards(config, store, ingested)
         rows = context.share("rows.json", json.dumps([done.scratch["rows"] for done in ingested]).encode())
         back = len(ingested) if store == "reference" else 1
@@ -70,6 +79,8 @@ class DatasetWork:
         common = {"removed": near.removed_path, "parts": _shared_numbers(context, parts)}
         written = yield _write_phase(context, store, ingested, merged, common)
         summary = _summary(config, store, ingested, merged, written, near)
+        if is_followed_by(context.stage, "evaluation"):
+            check_test_examples(config, summary["sizes"])
         checked_inventory(context, source)
         return Finished(summary | ({"parts": parts} if parts else {}), {SOURCE_FILE: source_table(inventory)})
 
@@ -157,6 +168,7 @@ def _write_phase(
     return Phase("write-reference", [Unit(f"{i:05d}", {"index": i, **common}) for i in kept])
 
 
+<<<<<<< HEAD
 def _parts(context: DriverContext, config: DatasetConfig, ingested: Sequence[Completion]) -> Json:
     """The parts that the column gives; None where there is none. Refused now if they are not the experts that are asked for."""
     if config.part_column is None:
@@ -172,6 +184,9 @@ def _shared_numbers(context: DriverContext, parts: Json) -> str | None:
 
 
 def _check_ingested(config: DatasetConfig, ingested: Sequence[Completion]) -> None:
+=======
+def _check_ingested(stage: Stage, config: DatasetConfig, ingested: Sequence[Completion]) -> None:
+>>>>>>> leftovers
     good = sum(done.payload["rows"] for done in ingested)
     reasons = _reasons(ingested)
     bad = reasons.total()
@@ -182,7 +197,7 @@ def _check_ingested(config: DatasetConfig, ingested: Sequence[Completion]) -> No
             f"the source '{config.source}' at {_listed(config.path or 'its packaged files')} has {found}; "
             "correct dataset.path and its columns" + (" or dataset.image_root" if "no such file" in reasons else "")
         )
-    if config.source == "folder" and not any(done.payload["tagged"] for done in ingested):
+    if is_followed_by(stage, "vocabulary") and not any(done.payload["tagged"] for done in ingested):
         raise DataError(_without_hashtags(config, good, examples))
     if bad > config.max_bad_fraction * (good + bad):
         raise DataError(
@@ -192,7 +207,9 @@ def _check_ingested(config: DatasetConfig, ingested: Sequence[Completion]) -> No
 
 
 def _without_hashtags(config: DatasetConfig, num_images: int, reasons: str) -> str:
-    """Why no image of a folder has a hashtag: known here, before anything is copied."""
+    """Why no image has a hashtag: known here, before anything is copied."""
+    if config.source != "folder":
+        return f"none of the {num_images} images has a hashtag; correct dataset.tags_column"
     if config.tags_path is None:
         return (
             f"none of the {num_images} images below {_listed(config.path)} lies in a folder whose name would be its hashtag; "

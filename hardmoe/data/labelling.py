@@ -19,6 +19,8 @@ from hardmoe.data.aliases import TagRules, parse_rules, read_aliases, read_list
 from hardmoe.data.config import HashtagsConfig
 from hardmoe.data.schemas import EXAMPLES, LABELS, SPLITS, UNLABELLED
 from hardmoe.data.shuffle import read_buckets, write_buckets
+from hardmoe.data.splits import check_test_labels
+from hardmoe.data.stages import is_followed_by
 from hardmoe.data.vocabulary import BUCKETS, Choice, buckets_of, choose_tags, count_tags, encode_tags, lists_of, merge_counts
 from hardmoe.errors import DataError
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
@@ -46,7 +48,13 @@ class VocabularyWork:
         units = [Unit(f"{index:05d}", {"path": path, "index": index, **shared}) for index, path in enumerate(shards)]
         labelled = yield Phase("label", units)
         left_out = {key: sum(done.payload[key] for done in labelled) for key in ("without_hashtags", "outside_vocabulary")}
-        return Finished({**chosen.payload["summary"], **left_out})
+        labelled_of = {
+            split: sum(done.payload["labelled"] for path, done in zip(shards, labelled, strict=True) if f"split={split}/" in path)
+            for split in SPLITS
+        }
+        if is_followed_by(context.stage, "evaluation"):
+            check_test_labels(config, labelled_of)
+        return Finished({**chosen.payload["summary"], **left_out, "labelled": labelled_of})
 
     def run(self, context: UnitContext) -> Json:
         """One shard's counts, the choice, or one shard's labels."""
@@ -81,7 +89,7 @@ def _check_choice(config: HashtagsConfig, payload: Json) -> None:
     if payload["summary"]["num_tags"]:
         return
     if not payload["num_counted"]:
-        raise DataError("no example has a hashtag; correct dataset.tags_column")
+        raise DataError("no training example has a hashtag; correct dataset.tags_column or dataset.split_column")
     if payload["commonest"] is None:
         raise DataError(
             f"hashtags.allow and hashtags.deny drop all {payload['num_counted']} hashtags of the training examples; "
@@ -154,4 +162,5 @@ def _label(context: UnitContext, rules: TagRules) -> Json:
         columns = {"example_id": rows.column("example_id").take(pa.array(missing)), "reason": pa.array(reasons.tolist())}
         write_table(context.output(f"unlabelled/{name}"), build_table(UNLABELLED, columns))
     with_tags = int(any_N[missing].sum())
-    return {"without_hashtags": len(missing) - with_tags, "outside_vocabulary": with_tags}
+    counts = {"without_hashtags": len(missing) - with_tags, "outside_vocabulary": with_tags}
+    return {**counts, "labelled": rows.num_rows - len(missing)}

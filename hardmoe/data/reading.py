@@ -125,9 +125,7 @@ def _read_referred(examples: ReferringExamples, path: str, names: Sequence[str],
     table = read_table(examples.storage, path, REFERENCES)
     source = open_source(examples.config)
     assert isinstance(source, ReferableSource)
-    places = [
-        Location(*place) for place in zip(*(table.column(n).to_pylist() for n in ("file", "offset", "length")), strict=True)
-    ]
+    places = places_of(table)
     images = source.fetch(places)
     expected = ids_to_array(table.column("content_id"))
     for start in range(0, table.num_rows, rows):
@@ -135,12 +133,22 @@ def _read_referred(examples: ReferringExamples, path: str, names: Sequence[str],
         fetched = list(islice(images, piece.num_rows))
         for position, (data, digest) in enumerate(zip(fetched, expected[start : start + rows], strict=True), start):
             if content_id(data) != digest.tobytes():
-                place = places[position]
                 raise DataError(
-                    f"the image at {place.file}, {'row' if place.length is None else 'byte'} {place.offset}, is not the one that "
-                    "was ingested; put the source's files back, or build from the new ones in a new root"
+                    f"the image at {described(places[position])}, is not the one that was ingested; put the source's files back, "
+                    "or build from the new ones in a new root"
                 )
         yield pa.table({name: pa.array(fetched, pa.binary()) if name == "image" else piece.column(name) for name in names})
+
+
+def places_of(references: Any) -> list[Location]:
+    """Where the images of a table of references lie."""
+    columns = (references.column(name).to_pylist() for name in ("file", "offset", "length"))
+    return [Location(*place) for place in zip(*columns, strict=True)]
+
+
+def described(place: Location) -> str:
+    """Where an image lies, for people: `photos/3.parquet, row 17`."""
+    return f"{place.file}, {'row' if place.length is None else 'byte'} {place.offset}"
 
 
 def num_tags(vocabulary: InputArtifact) -> int:

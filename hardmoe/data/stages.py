@@ -1,11 +1,15 @@
 """Declarations of the data stages: `dataset` and `vocabulary`. Pure data; the code is in `ingest` and `labelling`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hardmoe.data.config import DatasetConfig, HashtagsConfig
 from hardmoe.stage import Stage
 
+FOLLOWERS = "followers"
+"""Where `Stage.operational` lists the artifacts that the same command builds on this one, so that what they would refuse after
+hours of work is refused before this one's record exists, and the recipe can still be mended."""
+_KINDS_THAT_LOOK_AHEAD = ("dataset", "vocabulary")
 SOURCE = "source"
 """Where `Stage.operational` says how to open the source, for stages that may have to read images there."""
 EXPECTED_PARTS = "experts"
@@ -41,12 +45,26 @@ def vocabulary_stage(config: HashtagsConfig, sha256: Mapping[str, str | None]) -
     return Stage(
         name="vocabulary",
         kind="vocabulary",
-        version=2,
+        version=3,
         config={"hashtags": config.identity(), **{name: {"sha256": sha256.get(name)} for name in ("aliases", "allow", "deny")}},
         operational={"hashtags": config.operational_values()},
         inputs={"dataset": "dataset"},
         work="hardmoe.data.labelling:VocabularyWork",
     )
+
+
+def with_followers(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages, those of the data told which others are built; never part of their identity."""
+    names = [stage.name for stage in stages]
+    return [
+        replace(stage, operational={**stage.operational, FOLLOWERS: names}) if stage.kind in _KINDS_THAT_LOOK_AHEAD else stage
+        for stage in stages
+    ]
+
+
+def is_followed_by(stage: Stage, name: str) -> bool:
+    """Whether the same command builds that artifact."""
+    return name in stage.operational.get(FOLLOWERS, ())
 
 
 def with_source(stage: Stage, config: DatasetConfig) -> Stage:

@@ -384,4 +384,5 @@ def test_source_without_a_hashtag_names_the_column(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "photos" / "0.parquet")
     pq.write_table(table.set_column(1, "hashtags", pa.nulls(len(table))), tmp_path / "photos" / "0.parquet")
     write_recipe(tmp_path)
-    assert refusal(invoke(tmp_path, *BUILD)) == "no example has a hashtag; correct dataset.tags_column"
+    assert refusal(invoke(tmp_path, *BUILD)) == "none of the 20 images has a hashtag; correct dataset.tags_column"
+    assert not (tmp_path / "runs" / "small" / "dataset" / "artifact.json").exists(), "known before anything is copied"

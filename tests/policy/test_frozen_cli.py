@@ -25,7 +25,7 @@ COMMANDS: dict[str, set[str]] = {
     "status": RECIPE | {"--json", "--watch"},
     "logs": RECIPE | {"NAME", "--failed"},
     "show": RECIPE | {"NAME", "--json"},
-    "verify": RECIPE | {"NAMES"},
+    "verify": RECIPE | {"NAMES", "--images"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

@@ -5,6 +5,7 @@ one row cannot be told from the split of all of them, and a wrong one is found o
 source, whose ids and hashtags would differ with the container that the same images came in.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -22,6 +23,8 @@ MOST_IMAGE_BYTES = 1 << 30
 """A file of more is not read: no image within `dataset.max_pixels` needs them."""
 
 TOO_LARGE = "the file is larger than 1 GiB"
+
+_LIKE_AN_ESCAPE = re.compile(r"\\(?=x[0-9a-f]{2}|u[0-9a-f]{4})")
 
 
 class UnusableRowError(HardmoeError):
@@ -116,6 +119,15 @@ def printable(text: str) -> str:
             "utf-8", "backslashreplace"
         )
     return text
+
+
+def escaped(text: str) -> str:
+    r"""A file's name as `printable` has it, but never as another file's: to be called once on a name.
+
+    A backslash that reads like the beginning of an escape is one itself, `\x5c`: there may be a file whose name has the four
+    characters `\xe9` beside one that has that byte.
+    """
+    return printable(_LIKE_AN_ESCAPE.sub(r"\\x5c", text) if "\\" in text else text)
 
 
 def missing_column(place: str, key: str, column: str, there: Iterable[str]) -> DataError:

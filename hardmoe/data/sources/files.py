@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from hardmoe.data.sources.base import SourceFile
-from hardmoe.data.sources.fields import printable
+from hardmoe.data.sources.fields import escaped, printable
 from hardmoe.errors import DataError, StorageError
 from hardmoe.storage import Entry, Storage, join, open_storage
 
@@ -149,7 +149,7 @@ def find_inputs(
         prefix = "" if len(matches) == 1 else f"{number}/"
         start = len(folder.rstrip("/")) + 1 if folder else 0
         entries = {file: entry for match in group for file, entry in match.entries.items()}
-        found += [(printable(prefix + file[start:]), InputFile(root, file[start:], entry)) for file, entry in entries.items()]
+        found += [(escaped(prefix + file[start:]), InputFile(root, file[start:], entry)) for file, entry in entries.items()]
     found.sort(key=lambda item: item[0])
     return Inputs(dict(found), folders[0] if len(folders) == 1 else None)
 

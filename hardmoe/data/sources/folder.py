@@ -19,7 +19,7 @@ from hardmoe.data.config import DatasetConfig
 from hardmoe.data.places import split_place
 from hardmoe.data.sources.base import BadExample, Location, RawExample, SourceFile, SourceShard
 from hardmoe.data.sources.fetching import ImageFolder
-from hardmoe.data.sources.fields import IMAGE_ENDINGS, UnusableRowError, make_example, missing_column, printable
+from hardmoe.data.sources.fields import IMAGE_ENDINGS, UnusableRowError, escaped, make_example, missing_column, printable
 from hardmoe.data.sources.files import Inputs, find_inputs
 from hardmoe.data.sources.tags_table import Row, TagsTable
 from hardmoe.errors import DataError
@@ -113,7 +113,7 @@ class FolderSource:
     def _deepest(self, first: str, last: str) -> str:
         """The folder that holds a run of sorted paths; empty where a listing of it alone could be of other files."""
         folder = os.path.commonpath([first.rpartition("/")[0], last.rpartition("/")[0]])
-        return folder if self._is_one_folder and not has_magic(folder) and printable(folder) == folder else ""
+        return folder if self._is_one_folder and not has_magic(folder) and escaped(folder) == folder else ""
 
     def _ranges(self, table: TagsTable) -> list[dict[str, Json]]:
         column = self._check_columns(table)
@@ -183,7 +183,7 @@ class FolderSource:
                 yield BadExample(printable(uri), str(row.values if isinstance(row.values, UnusableRowError) else found))
             else:
                 name = folder.path_of(str(row.values[column]))
-                yield make_example(self._config, found, row.values, name, _location(name, found))
+                yield make_example(self._config, found, row.values, escaped(name), _location(name, found))
 
     def _names_of_run(self, items: Json) -> Iterator[tuple[str, str]]:
         """Names and paths of a run, from a listing of the deepest folder that holds it all."""

@@ -20,7 +20,7 @@ import numpy as np
 from hardmoe.data.byte_ranges import read_ranges
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.sources.base import BadExample, Location, RawExample, SourceFile, SourceShard
-from hardmoe.data.sources.fields import IMAGE_ENDINGS, MOST_IMAGE_BYTES, TOO_LARGE, UnusableRowError, make_example, printable
+from hardmoe.data.sources.fields import IMAGE_ENDINGS, MOST_IMAGE_BYTES, TOO_LARGE, UnusableRowError, escaped, make_example
 from hardmoe.data.sources.files import Inputs, Storages, find_inputs
 from hardmoe.data.sources.tar_stream import DamagedTarError, TarStream
 from hardmoe.errors import CorruptFileError, DataError
@@ -142,7 +142,7 @@ class WebDatasetSource:
                 raise DataError(f"{where} ({error}); write the file again, or take it out of dataset.path") from error
 
     def _example(self, sample: _Sample, name: str, is_compressed: bool) -> RawExample | BadExample:
-        uri = printable(f"{name}#{sample.key}")
+        uri = f"{name}#{escaped(sample.key)}"
         try:
             if sample.problem is not None:
                 raise UnusableRowError(sample.problem)

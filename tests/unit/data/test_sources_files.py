@@ -163,6 +163,19 @@ def test_name_that_is_no_unicode_is_escaped_and_still_read(tmp_path: Path) -> No
     assert [(each.name, each.size) for each in found.source_files()] == [("caf\\xe9.jpg", 5)]
 
 
+def test_names_that_differ_only_in_how_they_are_escaped_are_two_files(tmp_path: Path) -> None:
+    """One byte that is no Unicode, and the four characters that stand for it: one entry of the inventory, the other not read."""
+    names = [b"caf\xe9.jpg", rb"caf\xe9.jpg", rb"caf\x5cxe9.jpg", b"caf\\\xe9.jpg", rb"caf\d.jpg", "café.jpg".encode()]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    found = find(str(tmp_path), IMAGES)
+    assert sorted(Storages()[file.root].read_bytes(file.path) for file in found.files.values()) == sorted(names)
+    by_content = {Storages()[file.root].read_bytes(file.path): name for name, file in found.files.items()}
+    assert by_content[names[0]] == r"caf\xe9.jpg" and by_content[names[1]] == r"caf\x5cxe9.jpg"
+    assert by_content[names[4]] == r"caf\d.jpg" and by_content[names[5]] == "café.jpg", "other names stay as they are"
+    assert len({file.name for file in found.source_files()}) == len(names)
+
+
 def test_files_of_several_stores_are_numbered_by_their_place_in_the_list(tmp_path: Path, s3_store: Store) -> None:
     (tmp_path / "1.jpg").write_bytes(b"disk")
     uris = [s3_store.root("x"), s3_store.root("y")]

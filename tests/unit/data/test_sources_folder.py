@@ -270,6 +270,20 @@ def test_image_with_a_name_that_is_no_unicode_is_read_but_has_no_location(photos
     assert row.image == b"image" and row.location is None
 
 
+@pytest.mark.parametrize("folder", ["", "\\xe9", "\udce9"])
+def test_names_that_differ_only_in_how_they_are_escaped_are_two_images(photos: Path, folder: str) -> None:
+    names = ["\udce9.jpg", "\\xe9.jpg"]
+    for name in names:
+        (photos / folder).mkdir(exist_ok=True)
+        (photos / folder / name).write_bytes(os.fsencode(name))
+    for shard_rows in (1, 100):
+        rows = [row for row in read(photos, shard_rows=shard_rows) if row.image in map(os.fsencode, names)]
+        assert len({row.source_uri for row in rows}) == len(rows) == 2
+    lines = [json.dumps({"path": f"{folder}/{name}".lstrip("/"), "hashtags": "x"}) for name in names]
+    rows = [row for row in read(photos, tags_path=table_of(photos, "\n".join(lines), "t.jsonl")) if row.tags]
+    assert len({row.source_uri for row in rows}) == len(rows) == 2
+
+
 def test_fetching_what_is_gone_or_was_replaced_names_it(photos: Path) -> None:
     source = source_of(photos)
     (photos / "1.jpg").write_bytes(b"another image")

@@ -183,6 +183,17 @@ def test_name_that_is_no_unicode_is_escaped(tmp_path: Path) -> None:
     assert row.source_uri == "a.tar#\\xe9"
 
 
+def test_keys_that_differ_only_in_how_they_are_escaped_stay_two(tmp_path: Path) -> None:
+    members = [(f"{key}.{ending}", data) for key in ("\udce9", r"\xe9") for ending, data in (("jpg", JPEG), ("txt", b"a"))]
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    assert [row.source_uri for row in read(tmp_path, out.getvalue())] == [r"a.tar#\xe9", r"a.tar#\x5cxe9"]
+
+
 def test_large_metadata_are_passed_over_in_pieces(tmp_path: Path) -> None:
     header = tarfile.TarInfo("1.json")
     header.size = 64 * 2**20
