@@ -14,11 +14,7 @@ from hardmoe.data.config import DatasetConfig
 from hardmoe.data.inventory import Inventory, take_inventory
 from hardmoe.data.places import read_place
 from hardmoe.data.sources.registry import open_source
-<<<<<<< HEAD
-from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_source
-=======
-from hardmoe.data.stages import dataset_stage, vocabulary_stage, with_followers, with_source
->>>>>>> leftovers
+from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_followers, with_source
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError, RecipeError
 from hardmoe.evaluation.stage import System, evaluation_stage

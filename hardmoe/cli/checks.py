@@ -8,11 +8,8 @@ stumbles over them, which is after the ingestion of all images, or after the tra
 from hardmoe.artifacts.record import RECORD_NAME, parse_record
 from hardmoe.artifacts.store import Artifact, find_reusable
 from hardmoe.cli.common import RECIPE_FILE
-<<<<<<< HEAD
 from hardmoe.data.given_parts import check_parts
-=======
 from hardmoe.data.splits import check_test_examples, check_test_labels
->>>>>>> leftovers
 from hardmoe.errors import MissingRecordError, RebuiltInputError, RecipeError
 from hardmoe.execution.plan import Plan
 from hardmoe.recipe import Recipe
@@ -26,19 +23,13 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
 
     Raises:
         RecipeError: the recipe asks for something impossible.
-<<<<<<< HEAD
-        DataError: the parts that the dataset's own column gives are not as many as the experts.
+        DataError: the parts that the dataset's own column gives are not as many as the experts, or an evaluation is asked for and
+            there is nothing to evaluate on.
         ArtifactError: an artifact that lies in another root is there no more.
     """
     _check_reuse(recipe)
     _check_given_parts(recipe, plan)
-=======
-        DataError: an evaluation is asked for and there is nothing to evaluate on.
-        ArtifactError: an artifact that lies in another root is there no more.
-    """
-    _check_reuse(recipe)
     _check_test_split(recipe, plan)
->>>>>>> leftovers
     for stage in plan.missing:
         for name in stage.inputs.values():
             if (artifact := plan.artifacts.get(name)) is not None:

@@ -44,7 +44,7 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
     quiet = 0
     while True:
         storage, recipe = existing_run(options)
-        names = _artifact_names(storage, recipe)
+        names = artifact_names(storage, recipe)
         rows = [_status(storage, name) for name in names]
         if watch and not as_json:
             click.clear()
@@ -56,7 +56,7 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
         time.sleep(STATUS_SECONDS)
 
 
-def _artifact_names(storage: Storage, recipe: Recipe) -> list[str]:
+def artifact_names(storage: Storage, recipe: Recipe) -> list[str]:
     """The recipe's artifacts, then those of sweeps and checks that were begun in this root."""
     names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
     for directory, depth in ((SWEEP, 1), (CHECKS, 2)):
@@ -119,7 +119,7 @@ def _seconds_since(moment: str) -> float:
 def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> None:
     """Print the logs of an artifact's units, or list all logs, or print what failed."""
     storage, recipe = existing_run(options)
-    names = _artifact_names(storage, recipe)
+    names = artifact_names(storage, recipe)
     if name is not None:
         names = [resolve(names, name)]
     if failed:
@@ -149,13 +149,8 @@ def _print_failures(storage: Storage, names: Sequence[str]) -> None:
 def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
     """Print a record: as JSON with its provenance, or for people."""
     storage, recipe = existing_run(options)
-<<<<<<< HEAD
-    names = _artifact_names(storage, recipe)
-    artifact = ArtifactStore(storage).get(_resolve(names, name))
-=======
-    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+    names = artifact_names(storage, recipe)
     artifact = ArtifactStore(storage).get(resolve(names, name))
->>>>>>> leftovers
     provenance = _provenance(storage, artifact.name)
     if as_json:
         click.echo(json.dumps({"record": artifact.record.body(), "provenance": provenance}, indent=1, sort_keys=True))
@@ -175,46 +170,7 @@ def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
         click.echo(json.dumps(body, indent=2, sort_keys=True))
 
 
-<<<<<<< HEAD
-def verify_artifacts(options: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Hash every vouched file and check every input's record; tell all problems, then fail if there were any."""
-    storage, recipe = existing_run(options)
-    known = _artifact_names(storage, recipe)
-    store = ArtifactStore(storage)
-    problems = 0
-    for name in [_resolve(known, name) for name in names] or known:
-        sentence = _verified(store, name)
-        problems += sentence.startswith("BAD")
-        click.echo(f"{name}: {sentence}")
-    if problems:
-        raise CorruptFileError(
-            f"{problems} artifacts are damaged; delete their directories and what stands on them, and run again"
-        )
-
-
-def _verified(store: ArtifactStore, name: str) -> str:
-    try:
-        artifact = store.find(name)
-        if artifact is None:
-            return "missing"
-        count = artifact.verify()
-        _check_inputs(store, artifact)
-    except ArtifactError as error:
-        return f"BAD: {error}"
-    return f"ok, {count} files"
-
-
-def _check_inputs(store: ArtifactStore, artifact: Artifact) -> None:
-    for reference in artifact.record.inputs.values():
-        there = store.find(reference.artifact)
-        if there is None or there.record.digest() != reference.record:
-            raise CorruptFileError(f"its input '{reference.artifact}' is {'missing' if there is None else 'another one by now'}")
-
-
-def _resolve(names: Sequence[str], name: str) -> str:
-=======
 def resolve(names: Sequence[str], name: str) -> str:
->>>>>>> leftovers
     """The artifact that a person means: its whole name, or the last part of it (`expert-0007`)."""
     wanted = name.strip("/")
     if wanted in names:

@@ -10,11 +10,10 @@ import click
 
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.common import existing_run, recipe_of
-from hardmoe.cli.inspect import resolve
+from hardmoe.cli.inspect import artifact_names, resolve
 from hardmoe.data.config import DatasetConfig
 from hardmoe.errors import ArtifactError, CorruptFileError, DataError
 from hardmoe.execution.display import LOG_SECONDS
-from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.recipe import Recipe
 
 
@@ -26,7 +25,7 @@ def verify_artifacts(options: Mapping[str, Any], names: Sequence[str], with_imag
         DataError: only images of the source are.
     """
     storage, recipe = existing_run(options)
-    known = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+    known = artifact_names(storage, recipe)
     store = ArtifactStore(storage)
     config = _where_images_are(options, recipe)
     damaged = bad_images = 0

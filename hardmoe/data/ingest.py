@@ -29,12 +29,8 @@ from hardmoe.data.schemas import SPLITS
 from hardmoe.data.source_files import SOURCE_FILE, checked_inventory, source_table
 from hardmoe.data.sources.base import NamingSource, ReferableSource, Source
 from hardmoe.data.sources.registry import open_source
-<<<<<<< HEAD
-from hardmoe.data.stages import EXPECTED_PARTS
-=======
 from hardmoe.data.splits import check_test_examples
-from hardmoe.data.stages import is_followed_by
->>>>>>> leftovers
+from hardmoe.data.stages import EXPECTED_PARTS, is_followed_by
 from hardmoe.data.writing import write_copies, write_references
 from hardmoe.errors import DataError
 from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Stage, Unit, UnitContext
@@ -58,12 +54,8 @@ class DatasetWork:
         inventory = checked_inventory(context, source)
         store = _store(config, source, inventory)
         ingested = yield _ingest_phase(config, source, store)
-<<<<<<< HEAD
-        _check_ingested(config, ingested)
-        parts = _parts(context, config, ingested)
-=======
         _check_ingested(context.stage, config, ingested)
->>>>>>> leftovers
+        parts = _parts(context, config, ingested)
         count = _num_shards(config, store, ingested)
         rows = context.share("rows.json", json.dumps([done.scratch["rows"] for done in ingested]).encode())
         back = len(ingested) if store == "reference" else 1
@@ -168,7 +160,6 @@ def _write_phase(
     return Phase("write-reference", [Unit(f"{i:05d}", {"index": i, **common}) for i in kept])
 
 
-<<<<<<< HEAD
 def _parts(context: DriverContext, config: DatasetConfig, ingested: Sequence[Completion]) -> Json:
     """The parts that the column gives; None where there is none. Refused now if they are not the experts that are asked for."""
     if config.part_column is None:
@@ -183,10 +174,7 @@ def _shared_numbers(context: DriverContext, parts: Json) -> str | None:
     return None if parts is None else context.share("parts.json", json.dumps(numbers_by_value(parts)).encode())
 
 
-def _check_ingested(config: DatasetConfig, ingested: Sequence[Completion]) -> None:
-=======
 def _check_ingested(stage: Stage, config: DatasetConfig, ingested: Sequence[Completion]) -> None:
->>>>>>> leftovers
     good = sum(done.payload["rows"] for done in ingested)
     reasons = _reasons(ingested)
     bad = reasons.total()
