@@ -102,6 +102,13 @@ def print_parts(built: Built) -> None:
         sizes = [str(payload["sizes"][split][expert]) for split in SPLITS]
         rows.append((expert_name(expert), *sizes, "-" if distance is None else f"{distance:.3f}"))
     click.echo(format_table(rows, right=(1, 2, 3, 4)))
+    if balance := payload.get("balance"):
+        elsewhere, examples = sum(balance["serve_elsewhere"]), sum(payload["sizes"]["train"])
+        above = balance["cost"] / balance["lower_bound"] - 1.0 if balance["lower_bound"] else 0.0
+        click.echo(
+            f"\nbalanced to {balance['capacity']} training examples a part, at most {100 * above:.3f} % above the least possible "
+            f"cost; {elsewhere} of {examples} ({_percent(elsewhere / examples)}) serve elsewhere than they trained"
+        )
 
 
 def print_experts(built: Built) -> None:

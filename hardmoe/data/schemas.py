@@ -84,7 +84,8 @@ ASSIGNMENTS = pa.schema(
         ("primary", pa.bool_()),
     ]
 )
-"""`partition/assignments`: which part an example is in; `second` is the next nearest, -1 (and NaN away) if there is none."""
+"""`partition/assignments`: which part an example is in; `second` is the nearest other one, -1 (and NaN away) if there is
+none. A balanced part may be farther away than the second, which then serves the example."""
 EMBEDDINGS = pa.schema([("example_id", ID_TYPE), ("expert", pa.int32()), ("embedding", pa.list_(pa.float16()))])
 """`embeddings/split=…`: the expert's own features, before alignment."""
 

@@ -6,7 +6,8 @@ own shards; it holds one shard at a time, however large the part is. The parts h
 dataset only refers to them: an expert that read its share through references would read the whole source for it. That every
 example arrives, exactly once, is checked by count and by an order-free checksum of the ids. Rejected: one small file per
 (shard, expert), which is thousands of files where there are many of both, and leaving the examples where they are, which
-makes every expert read everything.
+makes every expert read everything. Where the training parts are to be balanced, `balance_phases` finds out beforehand who goes
+where.
 
 Shape letters: N examples, K experts.
 """
@@ -27,6 +28,8 @@ from hardmoe.data.schemas import ASSIGNMENTS, PART, SPLITS
 from hardmoe.errors import CorruptFileError
 from hardmoe.hashing import hash_ids
 from hardmoe.neighbours.assignment import Assignment, sum_of_squares
+from hardmoe.partitioning.balance_phases import balance_phases, run_balance
+from hardmoe.partitioning.balance_placement import Balanced, place_shard, summarise
 from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.router import CENTROIDS_FILE, DESCRIPTION_FILE, TRANSFORM_FILE, Router
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
@@ -44,6 +47,7 @@ class PartitionWork:
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """Assign every shard, then merge every part."""
         experts: int = context.stage.config["partition"]["experts"]
+        balanced: Balanced | None = None
         features = context.input("features")
         shards = [(split, path) for split in SPLITS for path in features.files(f"split={split}/")]
         prefix = features.path("")
@@ -51,14 +55,24 @@ class PartitionWork:
             Unit(f"{i:05d}", {"path": path.removeprefix(prefix).lstrip("/"), "split": split, "index": i, "of": len(shards)})
             for i, (split, path) in enumerate(shards)
         ]
+        if context.stage.config["partition"]["method"] == "balanced":
+            training = [unit for unit in units if unit.arguments["split"] == "train"]
+            balanced = yield from balance_phases(context, load_router(context.input("router")), training)
+            units = [Unit(unit.name, {**unit.arguments, "plan": balanced.path}) for unit in units]
         assigned = yield Phase("assign", units)
         merges = [_merge_unit(split, expert, units, assigned) for split in SPLITS for expert in range(experts)]
         merged = yield Phase("merge", [unit for unit in merges if unit.arguments["rows"]])
         _check_complete(context.storage.where(context.stage.name), assigned, merged)
-        return Finished(_summary(experts, units, assigned))
+        summary = _summary(experts, units, assigned)
+        if balanced is not None:
+            tallies = [done.payload["balance"] for done in assigned if "balance" in done.payload]
+            summary["balance"] = summarise(balanced, tallies, summary["sizes"]["train"])
+        return Finished(summary)
 
     def run(self, context: UnitContext) -> Json:
         """One feature shard, or one part of one split."""
+        if context.phase.startswith("balance"):
+            return run_balance(context, load_router(context.input("router")))
         return _assign(context) if context.phase == "assign" else _merge(context)
 
 
@@ -118,7 +132,7 @@ def _assign(context: UnitContext) -> Json:
     features = context.input("features")
     pieces = list(read_features(features, features.path(arguments["path"])))
     ids_N16 = np.concatenate([ids for ids, _ in pieces])
-    assignment, second_distance_N = _route(context, ids_N16, pieces)
+    assignment, second_distance_N, told = _route(context, ids_N16, pieces)
     distance_N = np.sqrt(assignment.squared_distance_N).astype(np.float32)
     columns = {
         "example_id": ids_from_array(ids_N16),
@@ -145,19 +159,20 @@ def _assign(context: UnitContext) -> Json:
         "bytes": [sizes.get(expert, 0) for expert in range(experts)],
         "distance_units": totals,
         "checksum": _checksum(ids_N16),
+        **told,
     }
 
 
 def _route(
     context: UnitContext, ids_N16: NDArray[np.uint8], pieces: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32]]]
-) -> tuple[Assignment, NDArray[np.float32]]:
-    """The assignment of a shard, and every example's distance to its second nearest centroid, float32 [N]."""
+) -> tuple[Assignment, NDArray[np.float32], dict[str, Json]]:
+    """The assignment of a shard, every example's distance to the second centroid, float32 [N], and what the payload adds."""
     settings = context.stage.config["partition"]
     if settings["method"] == "random":
         hashed_N = hash_ids(ids_N16, context.stage.config["seed"], "random-partition")
         primary_N = (hashed_N % np.uint64(settings["experts"])).astype(np.int32)
         nowhere_N = np.full(len(ids_N16), np.nan, np.float32)
-        return Assignment(primary_N, np.full(len(ids_N16), -1, np.int32), np.zeros(len(ids_N16))), nowhere_N
+        return Assignment(primary_N, np.full(len(ids_N16), -1, np.int32), np.zeros(len(ids_N16))), nowhere_N, {}
     router = load_router(context.input("router"))
     found = [router.route(features_ND) for _, features_ND in pieces]
     assignment = Assignment(
@@ -165,8 +180,11 @@ def _route(
         np.concatenate([a.second_N for a in found]),
         np.concatenate([a.squared_distance_N for a in found]),
     )
+    told: dict[str, Json] = {}
+    if settings["method"] == "balanced" and context.unit.arguments["split"] == "train":
+        assignment, told["balance"] = place_shard(context, router, pieces, assignment)
     features_ND = np.concatenate([features for _, features in pieces])
-    return assignment, _distances_to(router, features_ND, assignment.second_N)
+    return assignment, _distances_to(router, features_ND, assignment.second_N), told
 
 
 def _distances_to(router: Router, features_ND: NDArray[np.float32], experts_N: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -21,7 +21,18 @@ from hardmoe.data.images import thumbnail_data_uri
 from hardmoe.data.reading import Labels, example_shards, labels_of, read_examples, tag_names
 from hardmoe.data.schemas import ASSIGNMENTS, SPLITS
 from hardmoe.hashing import hash_fractions
-from hardmoe.report.schema import CurvePoint, DatasetFacts, Exemplar, Metrics, Network, Part, ReportData, RouterFit, TagLift
+from hardmoe.report.schema import (
+    Balance,
+    CurvePoint,
+    DatasetFacts,
+    Exemplar,
+    Metrics,
+    Network,
+    Part,
+    ReportData,
+    RouterFit,
+    TagLift,
+)
 from hardmoe.stage import Completion, Context, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, read_table
 
@@ -55,7 +66,7 @@ class ReportWork:
 
 def collect(context: Context) -> ReportData:
     """Everything on the page that the run's artifacts decide."""
-    return {
+    data: ReportData = {
         "recipe": dict(context.stage.config["recipe"]),
         "dataset": _dataset_facts(context),
         "metrics": _metrics(context),
@@ -64,6 +75,9 @@ def collect(context: Context) -> ReportData:
         "curves": _curves(context),
         "networks": _networks(context),
     }
+    if balance := context.input("partition").payload.get("balance"):
+        data["balance"] = {name: balance[name] for name in Balance.__annotations__}  # type: ignore[typeddict-item]
+    return data
 
 
 def _dataset_facts(context: Context) -> DatasetFacts:
@@ -206,7 +220,8 @@ def _choose(sample: _Sample, in_part_N: NDArray[np.bool_]) -> tuple[list[int], l
     by_id = rows[np.argsort(sortable(sample.ids_N16[rows]))]  # ties are broken by id, so the page does not depend on the sharding
     typical = by_id[np.argsort(sample.distance_N[by_id], kind="stable")][:NUM_TYPICAL]
     bordering = by_id[sample.second_N[by_id] >= 0]
-    gap = sample.second_distance_N[bordering] - sample.distance_N[bordering]
+    # Of balanced parts some images are nearer to another centroid, and those that are so by far lie on no border.
+    gap = np.abs(sample.second_distance_N[bordering] - sample.distance_N[bordering])
     return typical.tolist(), bordering[np.argsort(gap, kind="stable")][:NUM_BORDERLINE].tolist()
 
 

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from hardmoe.report import charts
 from hardmoe.report.charts import Bar, Captions, Interval, Series
-from hardmoe.report.schema import CurvePoint, Exemplar, Metric, Network, Part, ReportData, ReportProvenance, StageTime
+from hardmoe.report.schema import Balance, CurvePoint, Exemplar, Metric, Network, Part, ReportData, ReportProvenance, StageTime
 
 SYSTEMS = {
     "trunk": "the first network, alone",
@@ -213,6 +213,20 @@ def describe_sizes(parts: Sequence[Part]) -> list[tuple[str, str]]:
     return facts
 
 
+def describe_balance(balance: Balance | None, num_images: int) -> list[tuple[str, str]]:
+    """What limiting the parts' size cost, in words; nothing if it was not limited."""
+    if balance is None:
+        return []
+    elsewhere, least, bound = sum(balance["serve_elsewhere"]), balance["unconstrained_cost"], balance["lower_bound"]
+    served = f"{format_count(elsewhere)} training images ({format_percent(elsewhere / max(1, num_images))} %)"
+    facts = [("room in a part", format_count(balance["capacity"])), ("trained elsewhere than served", served)]
+    if least > 0.0:
+        above = f"{format_percent(balance['cost'] / least - 1.0)} % above nearest centroids"
+        within = f"at most {format_percent(balance['cost'] / bound - 1.0, 3)} % above the least possible"
+        facts.append(("squared distances", f"{above}, {within}"))
+    return facts
+
+
 def pick_mosaic(parts: Sequence[Part]) -> list[Exemplar]:
     """Typical images for the page's head, at most `MOSAIC_SIZE`, the same number of every expert, expert by expert."""
     each = max(1, MOSAIC_SIZE // max(len(parts), 1))
@@ -355,7 +369,7 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             forest=[chart for chart in (_system_chart(data), _difference_chart(data)) if chart],
             mosaic=pick_mosaic(data["parts"]),
             size_chart=_size_chart(data["parts"]),
-            size_facts=describe_sizes(data["parts"]),
+            size_facts=describe_sizes(data["parts"]) + describe_balance(data.get("balance"), data["dataset"]["sizes"]["train"]),
             index_beside=len(data["parts"]) <= MAX_INDEX_BESIDE,
             num_in_parts=sum(part["sizes"]["train"] for part in data["parts"]),
             largest_part=largest,

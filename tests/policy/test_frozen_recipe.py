@@ -26,7 +26,8 @@ IDENTITY = """
     trunk.backbone trunk.stem trunk.image_size trunk.decode trunk.epochs trunk.batch_size trunk.repeat_threshold
     trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
-    partition.experts partition.method partition.transform partition.sample_size partition.max_passes partition.tolerance
+    partition.experts partition.method partition.slack partition.transform partition.sample_size partition.max_passes
+    partition.tolerance
     experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.repeat_threshold
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction

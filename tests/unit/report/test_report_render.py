@@ -398,6 +398,33 @@ def test_sizes_are_told_against_an_equal_share():
     ]
 
 
+def test_balance_is_told_against_nearest_centroids_and_the_least_possible():
+    balance = {
+        "capacity": 1050,
+        "cost": 120.0,
+        "unconstrained_cost": 96.0,
+        "lower_bound": 119.94,
+        "serve_elsewhere": [0, 42, 1008],
+    }
+    assert render.describe_balance(balance, 3000) == [
+        ("room in a part", "1,050"),
+        ("trained elsewhere than served", "1,050 training images (35.0 %)"),
+        ("squared distances", "25.0 % above nearest centroids, at most 0.050 % above the least possible"),
+    ]
+    # As many parts as distinct images: every one lies on its centroid.
+    free = {"capacity": 1, "cost": 0.0, "unconstrained_cost": 0.0, "lower_bound": 0.0, "serve_elsewhere": [0]}
+    assert render.describe_balance(free, 1)[-1] == ("trained elsewhere than served", "0 training images (0.0 %)")
+    assert render.describe_balance(None, 3000) == []
+
+
+def test_page_of_balanced_parts_says_who_serves_elsewhere(full_page):
+    balance = {"capacity": 9, "cost": 2.0, "unconstrained_cost": 1.0, "lower_bound": 2.0, "serve_elsewhere": [7, 8]}
+    page = Page(render_report(make_data(2, 20) | {"balance": balance}, make_provenance(2)))
+    assert "trained elsewhere than served" in page.text
+    assert "15 training images (0.0 %)" in page.text
+    assert "trained elsewhere" not in Page(full_page).text
+
+
 def test_groups_sum_the_experts():
     stages = render.group_stages(make_provenance(8)["stages"])
     experts = next(stage for stage in stages if stage["name"] == "experts (8)")
