@@ -15,11 +15,10 @@ goes where among the few rows that tie there. Both come from exact solutions (`t
    solution is optimal for all rows.
 
 Millions of rows take one or two passes, 244 times as many as the sample holds three to five, and the exceptions are a few
-dozen rows. Everything is an integer and a
-function of sets of rows, so sharding, workers and scheduling cannot change a bit. Rejected: subgradient steps and one price at
-a time (hundreds of passes for the last per cent, and they oscillate where many rows tie), balancing in the fit only (the
-parts come out unequal all the same), and the greedy rule "nearest with room", which depends on the order of the rows and
-costs several per cent more.
+dozen rows. Everything is an integer and a function of sets of rows, so sharding, workers and scheduling cannot change a bit.
+Rejected: subgradient steps and one price at a time, which take many passes for the last per cent and oscillate where many rows
+tie; balancing in the fit only (the parts come out unequal all the same); and the greedy rule "nearest with room", which depends
+on the order of the rows and cost 7 % more than the least (`tests/benchmarks/RESULTS.md`).
 
 Shape letters: N rows, S rows of the sample, M rows collected, R rows of one part, K parts, G subsamples.
 """
