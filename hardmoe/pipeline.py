@@ -7,19 +7,21 @@ care than what it controls. Rejected: a graph declared in the recipe, which no u
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.data.config import DatasetConfig
 from hardmoe.data.inventory import Inventory, take_inventory
 from hardmoe.data.places import read_place
 from hardmoe.data.sources.registry import open_source
-from hardmoe.data.stages import dataset_stage, vocabulary_stage, with_source
+from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_source
 from hardmoe.decoder.stage import decoder_stage
-from hardmoe.errors import DataError, DriftError
+from hardmoe.errors import DataError, DriftError, RecipeError
 from hardmoe.evaluation.stage import System, evaluation_stage
 from hardmoe.experts.stages import dense_stage, embeddings_stage, expert_name, expert_stage
 from hardmoe.features.files import features_inventory
 from hardmoe.features.stage import external_features_stage, features_stage
+from hardmoe.partitioning import advice_stages
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.stages import partition_stage, router_stage
 from hardmoe.recipe import Recipe
@@ -99,6 +101,59 @@ def select(stages: Sequence[Stage], targets: Sequence[str]) -> list[Stage]:
         if stage.name in wanted:
             wanted |= set(stage.inputs.values())
     return [stage for stage in stages if stage.name in wanted]
+
+
+def sweep_stages(recipe: Recipe, counts: Sequence[int], num_seeds: int) -> list[Stage]:
+    """The sample of the recipe's features, and a stage for every number of parts.
+
+    Raises:
+        RecipeError: the recipe's parts are random, or its sample cannot hold so many.
+    """
+    if recipe.partition.method == "random":
+        raise RecipeError(
+            "--sweep compares numbers of parts for k-means, but partition.method is random, which looks at no feature; "
+            "set partition.method: kmeans"
+        )
+    if (most := max(counts)) > recipe.partition.sample_size:
+        raise RecipeError(
+            f"--sweep asks for {most} parts of a sample of {recipe.partition.sample_size} examples; "
+            f"ask for fewer parts, or raise partition.sample_size to {most} or more"
+        )
+    return advice_stages.sweep_stages(recipe.partition, counts, num_seeds, recipe.seed)
+
+
+def check_can_route(recipe: Recipe) -> None:
+    """Whether a run of this recipe can say of any image which part it belongs to.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    reason = None
+    if recipe.partition.method == "random":
+        reason = "its parts are random, so nothing says where another image belongs; take a run with partition.method: kmeans"
+    elif recipe.features.path:
+        reason = "its parts go by features that were computed elsewhere (features.path); take a run without features.path"
+    if reason is not None:
+        raise RecipeError(f"--check cannot route other images by the run in {recipe.root}: {reason}")
+
+
+def drift_stages(recipe: Recipe, dataset: Stage, config: DatasetConfig, place: str) -> list[Stage]:
+    """The check of another dataset, in this recipe's root: its features, by this run's trunk, sent by this run's router.
+
+    Args:
+        recipe: of this run.
+        dataset: the other recipe's dataset stage; its artifact must be in this root, as `place`/dataset, by reference.
+        config: the other recipe's section, to read its images.
+        place: directory of the check's artifacts.
+    """
+    own = features_stage(recipe.features)
+    features = replace(
+        own,
+        name=f"{place}/features",
+        inputs={**own.inputs, "dataset": f"{place}/dataset"},
+        operational={**own.operational, SOURCE: config.model_dump(mode="json")},
+    )
+    return [replace(dataset, name=f"{place}/dataset"), features, advice_stages.drift_stage(place)]
 
 
 def _mixture(recipe: Recipe, stages: list[Stage], partition: str, place: str, embeddings: str, decoder: str) -> Mixture:

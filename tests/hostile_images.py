@@ -19,6 +19,7 @@ from hostile_base import MAX_PIXELS, HostileImage
 from hostile_jpeg import jpeg_images
 from hostile_others import other_images
 from hostile_png import png_images
+from memory import peak_bytes
 
 __all__ = ["MAX_PIXELS", "HostileImage", "hostile_images"]
 
@@ -55,18 +56,14 @@ def problem(image: HostileImage) -> str | None:
     return f"pixels differ by {difference}" if difference > image.tolerance else None
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main() -> None:
     """Decode everything; the limit on address space, in bytes beyond what is in use at the start, is the first argument."""
     images = hostile_images()
-    before = _peak_bytes()
+    before = peak_bytes()
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: PTH123, SIM115
     resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]),) * 2)
     problems = {image.name: what for image in images if (what := problem(image)) is not None}
-    print(json.dumps({"files": len(images), "problems": problems, "peak_bytes": _peak_bytes() - before}))
+    print(json.dumps({"files": len(images), "problems": problems, "peak_bytes": peak_bytes() - before}))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import unquote
 
-Fault = Literal["busy", "refuse", "cut", "lose", "conflict", "forgotten"]
+Fault = Literal["busy", "refuse", "cut", "lose", "conflict", "forgotten", "denied"]
 """503 SlowDown; the connection breaks off before the request gets through, within the answer, or instead of it; 409
-ConditionalRequestConflict, which AWS answers to racing writes; 404 NoSuchUpload, which is all it says of a completed one."""
+ConditionalRequestConflict, which AWS answers to racing writes; 404 NoSuchUpload, which is all it says of a completed one;
+403 AccessDenied."""
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -39,6 +40,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "busy": (503, "SlowDown"),
     "conflict": (409, "ConditionalRequestConflict"),
     "forgotten": (404, "NoSuchUpload"),
+    "denied": (403, "AccessDenied"),
 }
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 

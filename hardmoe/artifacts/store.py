@@ -95,8 +95,10 @@ class ArtifactStore:
     ) -> Artifact | None:
         """Take the artifact over from the first of other roots that has one of the same fingerprint and inputs."""
         found = find_reusable(name, fingerprint, inputs, roots)
-        if found is None:
-            return None
+        return None if found is None else self.refer(name, found, provenance)
+
+    def refer(self, name: str, found: Artifact, provenance: bytes) -> Artifact:
+        """Have another root's artifact here under a name of ours, by reference; nothing is copied."""
         origin = found.record.reused_from or found.home.child_uri(found.name)
         return self.commit(name, replace(found.record, reused_from=origin), provenance)
 

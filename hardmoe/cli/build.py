@@ -1,7 +1,7 @@
 """The commands that build: from options to a run of the durable workflow, and what they print when it is through."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from hardmoe.execution.runner import Runner, RunnerOptions
 from hardmoe.experts.stages import expert_name
 from hardmoe.pipeline import build_stages, identify_inputs, select
 from hardmoe.recipe import Recipe
+from hardmoe.stage import Stage
 from hardmoe.storage import Storage, open_storage
 
 _METRIC_COLUMNS = ("precision@1", "precision@5", "recall@10", "hit@5", "map")
@@ -42,15 +43,21 @@ class Built:
         return self.plan.artifacts[name]
 
 
-def build(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str] = ()) -> Built:
+def build(
+    options: Mapping[str, Any],
+    targets: Sequence[str],
+    only: Sequence[str] = (),
+    beside: Callable[[Recipe], Sequence[Stage]] | None = None,
+) -> Built:
     """Build the targets and whatever they stand on, as far as it is missing.
 
     Args:
         options: the command's options.
         targets: names of artifacts; `experts` stands for all experts.
         only: names of experts to choose from them.
+        beside: stages, all of them targets, that the recipe does not ask for and this command does.
     """
-    store, recipe, plan = _planned(options, targets, only)
+    store, recipe, plan = _planned(options, targets, only, beside)
     missing = {stage.name for stage in plan.missing}
     if missing:
         check_before_building(recipe, plan)
@@ -59,18 +66,20 @@ def build(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, lambda: _backend(recipe.execution, display), reporter, limits).run(plan)
-        _tell_left_out(plan, missing)
+        _tell_left_out(recipe, plan, missing)
     return Built(store, recipe, plan, frozenset(missing))
 
 
-def _tell_left_out(plan: Plan, fresh: set[str]) -> None:
-    """Say on stderr how many rows and examples were of no use, and where they are listed."""
+def _tell_left_out(recipe: Recipe, plan: Plan, fresh: set[str]) -> None:
+    """Say on stderr how many rows and examples were of no use, where they are listed, and what was not copied."""
     if "dataset" in fresh:
         payload = plan.artifacts["dataset"].payload
         if count := payload["quarantined"]:
             click.echo(f"{count} rows could not be used: see dataset/quarantine in the root", err=True)
         if (near := payload["near_duplicates"]) and (count := sum(near["removed"].values())):
             click.echo(f"{count} near-duplicates were removed: see dataset/duplicates in the root", err=True)
+        if payload["store"] == "reference" and recipe.dataset.store == "auto":
+            click.echo("no image was copied (dataset.store: auto): keep them where they are until the run is through", err=True)
     if "vocabulary" in fresh:
         payload = plan.artifacts["vocabulary"].payload
         if count := payload["without_hashtags"] + payload["outside_vocabulary"]:
@@ -79,7 +88,7 @@ def _tell_left_out(plan: Plan, fresh: set[str]) -> None:
 
 def print_plan(options: Mapping[str, Any]) -> None:
     """What `run` would do."""
-    _, recipe, plan = _planned(options, ["report"], ())
+    _, recipe, plan = _planned(options, ["report"])
     check_before_building(recipe, plan)
     reused = taken_over(recipe, plan)
     rows: list[Sequence[str]] = [("artifact", "state", "inputs")]
@@ -156,13 +165,19 @@ def publish(built: Built) -> str:
     return built.store.storage.where(PAGE_PATH)
 
 
-def _planned(options: Mapping[str, Any], targets: Sequence[str], only: Sequence[str]) -> tuple[ArtifactStore, Recipe, Plan]:
+def _planned(
+    options: Mapping[str, Any],
+    targets: Sequence[str],
+    only: Sequence[str] = (),
+    beside: Callable[[Recipe], Sequence[Stage]] | None = None,
+) -> tuple[ArtifactStore, Recipe, Plan]:
     recipe = recipe_of(options)
+    more = beside(recipe) if beside is not None else []
     store = ArtifactStore(open_storage(recipe.root))
-    stages = build_stages(recipe, identify_inputs(recipe, store))
+    stages = [*build_stages(recipe, identify_inputs(recipe, store)), *more]
     experts = [stage.name for stage in stages if stage.name.startswith("experts/")]
     names = [name for target in targets for name in (_chosen(experts, only) if target == "experts" else [target])]
-    return store, recipe, make_plan(store, select(stages, names))
+    return store, recipe, make_plan(store, select(stages, [*names, *(stage.name for stage in more)]))
 
 
 def _keep_recipe(storage: Storage, recipe: Recipe) -> None:

@@ -18,7 +18,9 @@ from hardmoe.errors import ArtifactError, CorruptFileError, RecipeError, Storage
 from hardmoe.execution.progress import STATUS_SECONDS
 from hardmoe.execution.task import BuildPaths
 from hardmoe.execution.tracked import format_seconds
+from hardmoe.partitioning.advice_stages import CHECKS, SWEEP
 from hardmoe.pipeline import ExternalInputs, build_stages
+from hardmoe.recipe import Recipe
 from hardmoe.storage import Storage, join
 
 _ACTIVE = ("running",)
@@ -42,7 +44,7 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
     quiet = 0
     while True:
         storage, recipe = existing_run(options)
-        names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+        names = _artifact_names(storage, recipe)
         rows = [_status(storage, name) for name in names]
         if watch and not as_json:
             click.clear()
@@ -52,6 +54,15 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
         if not watch or quiet == 2:
             return
         time.sleep(STATUS_SECONDS)
+
+
+def _artifact_names(storage: Storage, recipe: Recipe) -> list[str]:
+    """The recipe's artifacts, then those of sweeps and checks that were begun in this root."""
+    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+    for directory, depth in ((SWEEP, 1), (CHECKS, 2)):
+        paths = [path.split("/") for path in storage.list(directory)]
+        names += sorted({join(directory, *parts[:depth]) for parts in paths if len(parts) > depth})
+    return names
 
 
 def _status(storage: Storage, name: str) -> ArtifactStatus:
@@ -108,7 +119,7 @@ def _seconds_since(moment: str) -> float:
 def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> None:
     """Print the logs of an artifact's units, or list all logs, or print what failed."""
     storage, recipe = existing_run(options)
-    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+    names = _artifact_names(storage, recipe)
     if name is not None:
         names = [_resolve(names, name)]
     if failed:
@@ -138,7 +149,7 @@ def _print_failures(storage: Storage, names: Sequence[str]) -> None:
 def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
     """Print a record: as JSON with its provenance, or for people."""
     storage, recipe = existing_run(options)
-    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+    names = _artifact_names(storage, recipe)
     artifact = ArtifactStore(storage).get(_resolve(names, name))
     provenance = _provenance(storage, artifact.name)
     if as_json:
@@ -162,7 +173,7 @@ def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
 def verify_artifacts(options: Mapping[str, Any], names: Sequence[str]) -> None:
     """Hash every vouched file and check every input's record; tell all problems, then fail if there were any."""
     storage, recipe = existing_run(options)
-    known = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
+    known = _artifact_names(storage, recipe)
     store = ArtifactStore(storage)
     problems = 0
     for name in [_resolve(known, name) for name in names] or known:

@@ -16,6 +16,8 @@ import click
 import hardmoe
 from hardmoe.errors import HardmoeError
 
+_SEEDS = 3
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -70,13 +72,57 @@ def init(path: Path, schema: bool, force: bool, debug: bool) -> None:
     click.echo(json_schema() if schema else write_recipe(path, force))
 
 
-@cli.command()
-@building_options
-def partition(**options: Any) -> None:
-    """Dataset, vocabulary, trunk, features, router, partition: each only if missing."""
-    from hardmoe.cli.build import build, print_parts
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of parts, in ascending order, each once."""
+    if value is None:
+        return None
+    try:
+        found = sorted({int(word) for word in value.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise click.BadParameter(f"{value!r} is not a list of numbers of parts; write it like 4,8,16")
+    return tuple(found)
 
-    print_parts(build(options, ["partition"]))
+
+@cli.command()
+@click.option(
+    "--sweep",
+    "counts",
+    callback=_numbers,
+    metavar="K,K,...",
+    help="Compare these numbers of parts on a sample; build no partition.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), help="With --sweep: fits for each number of parts.  [default: 3]")
+@click.option(
+    "--check",
+    "other_path",
+    type=click.Path(path_type=Path),
+    metavar="RECIPE",
+    help="Route the dataset of another recipe by this partition, and compare.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --sweep or --check: print JSON.")
+@building_options
+def partition(counts: tuple[int, ...] | None, seeds: int | None, other_path: Path | None, as_json: bool, **options: Any) -> None:
+    """Dataset, vocabulary, trunk, features, router, partition: each only if missing."""
+    if counts and other_path:
+        raise click.UsageError("--sweep and --check are two commands; give one of them")
+    if seeds is not None and not counts:
+        raise click.UsageError("--seeds goes with --sweep")
+    if as_json and not (counts or other_path):
+        raise click.UsageError("--json goes with --sweep or --check")
+    if counts:
+        from hardmoe.cli.sweep import show_sweep
+
+        show_sweep(options, counts, seeds or _SEEDS, as_json)
+    elif other_path:
+        from hardmoe.cli.drift import show_drift
+
+        show_drift(options, other_path, as_json)
+    else:
+        from hardmoe.cli.build import build, print_parts
+
+        print_parts(build(options, ["partition"]))
 
 
 @cli.command("train-experts")

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hardmoe.config import Json
+from hardmoe.data.encodings import check_utf8
 from hardmoe.data.hashtags import normalise
 from hardmoe.data.places import read_place
 from hardmoe.errors import DataError
@@ -89,6 +90,7 @@ def parse_list(content: bytes, place: str, rules: TagRules) -> frozenset[str]:
     Raises:
         DataError: it is not text in UTF-8, or a line is no hashtag; names the line.
     """
+    check_utf8(content, place)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -111,7 +113,7 @@ def parse_aliases(content: bytes, place: str) -> dict[str, str]:
         say nothing and are left out.
 
     Raises:
-        DataError: the table is malformed, an alias has two meanings, or aliases form a cycle.
+        DataError: the table is malformed or not in UTF-8, an alias has two meanings, or aliases form a cycle.
     """
     rows = _parquet_rows(content, place) if content.startswith(_PARQUET) else _csv_rows(content, place)
     pairs: dict[str, str] = {}
@@ -128,6 +130,7 @@ def parse_aliases(content: bytes, place: str) -> dict[str, str]:
 
 def _csv_rows(content: bytes, place: str) -> Iterator[tuple[str, list[str | None]]]:
     """Where every row is, and its cells."""
+    check_utf8(content, place)
     try:
         rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         header = [name.strip() for name in next(rows, [])]

@@ -58,7 +58,7 @@ class DatasetConfig(Config):
 
     store: Literal["auto", "copy", "reference"] = "auto"
     """Whether the dataset holds the images or only says where they lie; `auto` copies up to 64 GiB of source files, and
-    whatever a source could not read again."""
+    whatever a source could not read again, but no images that a table only names (Parquet of paths or URIs, `yfcc100m`)."""
 
     store_size: int | None = Field(None, ge=8, le=8192)
     """Images whose shorter side is longer are stored scaled down to it, as JPEG (PNG where there was no loss); null stores

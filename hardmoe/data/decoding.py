@@ -96,9 +96,12 @@ def read_pixels(data: bytes, max_pixels: int, at_least: int | None = None) -> ND
     """
     if not data:
         raise UndecodableImageError("empty file")
-    pixels_HW3 = jpeg.decode_jpeg(data, max_pixels, at_least) if data.startswith(jpeg.SIGNATURE) else None
-    if pixels_HW3 is not None and not jpeg.has_metadata(data):
-        return pixels_HW3
+    pixels_HW3 = None
+    if data.startswith(jpeg.SIGNATURE):
+        header = jpeg.read_header(data)
+        pixels_HW3 = jpeg.decode_jpeg(data, header, max_pixels, at_least)
+        if pixels_HW3 is not None and not header.metadata:
+            return pixels_HW3
     with _quiet_pillow():
         if pixels_HW3 is not None:
             return _upright(pixels_HW3, _jpeg_orientation(data))

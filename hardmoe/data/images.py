@@ -25,6 +25,7 @@ __all__ = [
     "decode",
     "encode_png",
     "load_square",
+    "load_square_into",
     "resize_square",
     "shrink",
     "thumbnail_data_uri",
@@ -85,6 +86,26 @@ def load_square(data: bytes, size: int, max_pixels: int, *, reduced: bool = Fals
     return _square(image_HW3, size).transpose(2, 0, 1)
 
 
+def load_square_into(target_SS3: NDArray[np.uint8], data: bytes, max_pixels: int, *, reduced: bool = False) -> None:
+    """As `load_square`, straight into a row of a batch.
+
+    Args:
+        target_SS3: uint8 [S, S, 3], contiguous and writable.
+        data: the encoded file.
+        max_pixels: as `load_square` says.
+        reduced: as `load_square` says.
+
+    Raises:
+        UndecodableImageError: as `decode` does.
+    """
+    size = len(target_SS3)
+    image_HW3 = _central(read_pixels(data, max_pixels, REDUCED_MARGIN * size if reduced else None))
+    if len(image_HW3) == size:
+        target_SS3[:] = image_HW3
+    else:
+        _resize_into(target_SS3, _own(image_HW3))
+
+
 def shrink(data: bytes, image_HW3: NDArray[np.uint8], store_size: int) -> bytes:
     """A smaller copy of an encoded image, for storing: its shorter side becomes `store_size`, its shape stays.
 
@@ -134,23 +155,33 @@ def _own(image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _square(image_HW3: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """The central square, uint8 [size, size, 3], contiguous; the argument's own memory if nothing was to be done."""
+    return _resize(_own(_central(image_HW3)), size, size)
+
+
+def _central(image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The square in the middle, without copying."""
     height, width, _ = image_HW3.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return _resize(_own(image_HW3[top : top + side, left : left + side]), size, size)
+    return image_HW3[top : top + side, left : left + side]
 
 
 def _resize(image_HW3: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     if image_HW3.shape[:2] == (height, width):
         return image_HW3
+    resized_HW3 = np.empty((height, width, 3), np.uint8)
+    _resize_into(resized_HW3, image_HW3)
+    return resized_HW3
+
+
+def _resize_into(target_HW3: NDArray[np.uint8], image_HW3: NDArray[np.uint8]) -> None:
     # Here, because the command line lists sources, some of which draw images, and must not wait for torch.
     import torch
 
-    # Made four-dimensional before it is permuted, it is channels last to torch, which has a faster kernel for that.
-    image_13HW = torch.from_numpy(image_HW3)[None].permute(0, 3, 1, 2)
-    resized_13HW = torch.nn.functional.interpolate(image_13HW, size=(height, width), mode="bilinear", antialias=True)
-    pixels: NDArray[np.uint8] = resized_13HW.permute(0, 2, 3, 1)[0].contiguous().numpy()
-    return pixels
+    # Made four-dimensional before it is permuted, it is channels last to torch, which has a faster kernel for that. The
+    # operator itself and not `interpolate`, which cannot write into memory that is there already: 12 us of 240.
+    image_13HW, target_13HW = (torch.from_numpy(array)[None].permute(0, 3, 1, 2) for array in (image_HW3, target_HW3))
+    torch.ops.aten._upsample_bilinear2d_aa.out(image_13HW, target_HW3.shape[:2], False, None, None, out=target_13HW)
 
 
 def _was_lossy(data: bytes) -> bool:

@@ -26,7 +26,7 @@ from hardmoe.data.merging import check_ids, merge_range
 from hardmoe.data.near_stage import NEAR_PHASES, NearResult, looks_for_near_duplicates, near_phases, run_near_unit
 from hardmoe.data.schemas import SPLITS
 from hardmoe.data.source_files import SOURCE_FILE, checked_inventory, source_table
-from hardmoe.data.sources.base import ReferableSource, Source
+from hardmoe.data.sources.base import NamingSource, ReferableSource, Source
 from hardmoe.data.sources.registry import open_source
 from hardmoe.data.writing import write_copies, write_references
 from hardmoe.errors import DataError
@@ -95,10 +95,15 @@ def _store(config: DatasetConfig, source: Source, inventory: Inventory) -> str:
         raise DataError(f"the source '{config.source}' cannot read single images again; set dataset.store: copy")
     if config.store != "auto":
         return config.store
+    if config.store_size is not None or not can_refer:
+        return "copy"
+    if isinstance(source, NamingSource) and source.names_images():
+        # A table of 10 MB may name a terabyte, and to ask for a billion sizes takes days.
+        return "reference"
     size = sum(size for size, _ in inventory.files.values())
     # Nothing in a compressed archive has a place of its own.
-    can_refer = can_refer and not any(name.endswith((".gz", ".tgz")) for name in inventory.files)
-    return "reference" if can_refer and size > _AUTO_COPY_BYTES and config.store_size is None else "copy"
+    is_compressed = any(name.endswith((".gz", ".tgz")) for name in inventory.files)
+    return "reference" if size > _AUTO_COPY_BYTES and not is_compressed else "copy"
 
 
 def _ingest_phase(config: DatasetConfig, source: Source, store: str) -> Phase:

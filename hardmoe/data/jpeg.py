@@ -13,6 +13,7 @@ Shape letters: H height, W width, 3 the channels red, green, blue.
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +34,29 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
+@dataclass(frozen=True)
+class Header:
+    """What the segments in front of the first coded data say."""
+
+    one_scan: bool
+    """Whether the first scan holds the whole picture, so that the decoder stops behind it; true of nearly every file."""
+    metadata: bool
+    """Whether there may be EXIF or XMP, in which a camera says how it was held."""
+
+
+def read_header(data: bytes) -> Header:
+    """Walk through the segments of a file that begins with `SIGNATURE`, once."""
+    sequential = metadata = False
+    components = b""
+    for marker, at in _segments(data):
+        if marker == _START_OF_SCAN:
+            return Header(sequential and data[at + 4 : at + 5] == components, metadata)
+        metadata |= marker == _METADATA
+        if marker in _FRAMES:
+            sequential, components = marker in _SEQUENTIAL, data[at + 9 : at + 10]
+    return Header(one_scan=False, metadata=metadata)
+
+
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """Refuse an image that is too large.
 
@@ -43,11 +67,12 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise UndecodableImageError(f"{width} x {height} pixels, more than dataset.max_pixels={max_pixels}")
 
 
-def decode_jpeg(data: bytes, max_pixels: int, at_least: int | None = None) -> NDArray[np.uint8] | None:
+def decode_jpeg(data: bytes, header: Header, max_pixels: int, at_least: int | None = None) -> NDArray[np.uint8] | None:
     """Decode a file that begins with `SIGNATURE`.
 
     Args:
         data: the encoded file.
+        header: of this file.
         max_pixels: larger images are refused before their pixels are decoded.
         at_least: the picture may come out 2, 4 or 8 times smaller if its shorter side keeps this many pixels.
 
@@ -58,7 +83,7 @@ def decode_jpeg(data: bytes, max_pixels: int, at_least: int | None = None) -> ND
     Raises:
         UndecodableImageError: too large, or parts of the picture are missing.
     """
-    if not _has_one_scan(data) and _too_many_scans(data):
+    if not header.one_scan and _too_many_scans(data):
         raise UndecodableImageError(f"a JPEG of more than {MAX_SCANS} scans, which is made to take long")
     try:
         height, width, colours, _ = cast(tuple[int, int, str, str], simplejpeg.decode_jpeg_header(data, strict=False))
@@ -68,13 +93,12 @@ def decode_jpeg(data: bytes, max_pixels: int, at_least: int | None = None) -> ND
     if colours in ("CMYK", "YCCK"):
         _decode(data, colorspace="CMYK")  # for its complaints alone; what the inks mean is Pillow's business
         return None
-    divisor = _divisor(min(height, width), at_least)
-    return _decode(data, colorspace="RGB", min_height=-(-height // divisor), min_width=-(-width // divisor))
+    if at_least is None or (divisor := _divisor(min(height, width), at_least)) == 1:
+        return _decode(data)
+    return _decode(data, min_height=-(-height // divisor), min_width=-(-width // divisor))
 
 
-def _divisor(shorter: int, at_least: int | None) -> int:
-    if at_least is None:
-        return 1
+def _divisor(shorter: int, at_least: int) -> int:
     return next((divisor for divisor in (8, 4, 2) if -(-shorter // divisor) >= at_least), 1)
 
 
@@ -89,25 +113,6 @@ def _decode(data: bytes, **options: Any) -> NDArray[np.uint8] | None:
         return cast(NDArray[np.uint8], simplejpeg.decode_jpeg(data, strict=False, **options))
     except ValueError:
         return None
-
-
-def has_metadata(data: bytes) -> bool:
-    """Whether there may be EXIF or XMP, in which a camera says how it was held."""
-    for marker, _ in _segments(data):
-        if marker in (_METADATA, _START_OF_SCAN):
-            return marker == _METADATA
-    return False
-
-
-def _has_one_scan(data: bytes) -> bool:
-    """Whether the first scan holds the whole picture, so that the decoder stops behind it; true of nearly every file."""
-    sequential, components = False, b""
-    for marker, at in _segments(data):
-        if marker in _FRAMES:
-            sequential, components = marker in _SEQUENTIAL, data[at + 9 : at + 10]
-        elif marker == _START_OF_SCAN:
-            return sequential and data[at + 4 : at + 5] == components
-    return False
 
 
 def _too_many_scans(data: bytes) -> bool:

@@ -130,12 +130,13 @@ def tag_names(vocabulary: InputArtifact) -> list[str]:
     return names
 
 
-def labels_of(vocabulary: InputArtifact, ids_N16: NDArray[np.uint8]) -> Labels:
+def labels_of(vocabulary: InputArtifact, ids_N16: NDArray[np.uint8], paths: Sequence[str] | None = None) -> Labels:
     """The labels of these examples, found by id in the vocabulary's tables.
 
     Args:
         vocabulary: the vocabulary artifact.
         ids_N16: the ids, uint8 [N, 16], each once.
+        paths: storage paths of the tables to look in, where it is known that they hold all of them; by default all tables.
 
     Raises:
         CorruptFileError: an example has no row there.
@@ -146,7 +147,7 @@ def labels_of(vocabulary: InputArtifact, ids_N16: NDArray[np.uint8]) -> Labels:
     found: list[NDArray[np.int64]] = []
     values: list[NDArray[np.int32]] = []
     lengths: list[NDArray[np.int64]] = []
-    for path in vocabulary.files("labels/"):
+    for path in vocabulary.files("labels/") if paths is None else paths:
         table = read_table(vocabulary.storage, path, LABELS)
         at = np.searchsorted(sorted_N, keys := sortable(ids_to_array(table.column("example_id"))))
         here = np.flatnonzero(sorted_N[np.minimum(at, len(sorted_N) - 1)] == keys) if len(sorted_N) else np.zeros(0, np.int64)

@@ -25,7 +25,7 @@ def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | No
     return Stage(
         name=name,
         kind="expert",
-        version=2,
+        version=3,
         config={"experts": config.identity(), "expert": expert, "seed": seed},
         operational={"experts": config.operational_values()},
         inputs={"examples": examples, "vocabulary": "vocabulary", "trunk": "trunk"},
@@ -39,7 +39,7 @@ def embeddings_stage(name: str, examples: str, networks: Mapping[int, str], part
     return Stage(
         name=name,
         kind="embeddings",
-        version=2,
+        version=3,
         config={"experts": len(networks), "partitioned": partitioned},
         inputs={"examples": examples, **{expert_name(expert): network for expert, network in networks.items()}},
         work="hardmoe.experts.embed:EmbeddingsWork",

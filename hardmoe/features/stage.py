@@ -9,7 +9,7 @@ def features_stage(config: FeaturesConfig) -> Stage:
     return Stage(
         name="features",
         kind="features",
-        version=2,
+        version=3,
         config={},
         operational={"features": config.operational_values()},
         inputs={"dataset": "dataset", "trunk": "trunk"},

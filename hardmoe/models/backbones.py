@@ -32,6 +32,7 @@ SMALL_IMAGE = 64
 
 _HEADS = ("fc", "classifier", "head", "heads")
 _PIXEL_MEAN, _PIXEL_DEVIATION = 0.5, 0.25
+_OFFSET = torch.tensor(-_PIXEL_MEAN / _PIXEL_DEVIATION)
 
 
 class Backbone(nn.Module):
@@ -70,14 +71,15 @@ class TagClassifier(nn.Module):
 
 
 def normalise_images(images_B3HW: Tensor, into_B3HW: Tensor | None = None) -> Tensor:
-    """Pixels uint8 [B, 3, H, W] to float32: (x / 255 - 0.5) / 0.25; in fresh memory, or in that of a tensor of that shape.
+    """Pixels uint8 [B, 3, H, W], or any other shape, to float32: (x / 255 - 0.5) / 0.25; in fresh memory, or in the given one.
 
     The constants are fixed and not the dataset's mean and deviation, so a mixture needs no statistics beside its weights.
     """
     if images_B3HW.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images_B3HW.dtype}: they are normalised here, once, on the device")
     floats_B3HW = images_B3HW.float() if into_B3HW is None else into_B3HW.copy_(images_B3HW)
-    return floats_B3HW.mul_(1 / (255 * _PIXEL_DEVIATION)).sub_(_PIXEL_MEAN / _PIXEL_DEVIATION)
+    # One pass and one rounding: a fused multiply-add, on a CPU as on a GPU.
+    return torch.add(_OFFSET, floats_B3HW, alpha=1 / (255 * _PIXEL_DEVIATION), out=floats_B3HW)
 
 
 @contextmanager

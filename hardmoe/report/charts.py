@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines, columns, bars and intervals, drawn without JavaScript and without a plotting library.
+"""Charts as inline SVG: lines, columns, bars, strips and intervals, drawn without JavaScript and without a plotting library.
 
 Every chart is 380 units wide, so its lettering is readable one-to-one on a telephone and in a grid on a desk;
 colours are CSS classes (`s0` to `s7`, `quiet`), so the page's light and dark styles and its print style apply. Each has a
@@ -58,6 +58,15 @@ class Interval:
     high: float
     text: str
     style: int | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A measure at several numbers above zero, each value with its range, in ascending order of the numbers."""
+
+    name: str
+    points: Sequence[tuple[float, Interval]]
+    style: int
 
 
 @dataclass(frozen=True)
@@ -281,3 +290,70 @@ def interval_chart(captions: Captions, rows: Sequence[Interval], zero: bool = Fa
     pieces.append(_text(right, bottom + 33, captions.x_label, "label axis-label", "end"))
     values = "; ".join(f"{r.name} {r.value:.4g}, interval {r.low:.4g} to {r.high:.4g}" for r in rows)
     return _svg(captions, bottom + 42, pieces, f"{captions.note} {values}.".strip())
+
+
+def profile_chart(captions: Captions, profiles: Sequence[Profile]) -> Markup:
+    """Values over numbers on a logarithmic axis, joined by lines, each with its range as a stroke; the other axis has zero."""
+    left, right, top, bottom = 46.0, WIDTH - 14.0, 26.0, 196.0
+    numbers = sorted({number for profile in profiles for number, _ in profile.points})
+    bounds = [bound for profile in profiles for _, point in profile.points for bound in (point.low, point.high)]
+    ticks = nice_ticks(min([0.0, *bounds]), max([0.0, *bounds]), 4)
+    y = Scale(ticks[0], ticks[-1], bottom, top)
+    margin = 0.06 * math.log(numbers[-1] / numbers[0]) or 1.0
+    x = Scale(math.log(numbers[0]) - margin, math.log(numbers[-1]) + margin, left, right)
+    pieces = [*_vertical_axis(y, ticks, left, right), _line(left, bottom, right, bottom, "axis")]
+    free = left - 20
+    for number in numbers:
+        at = x(math.log(number))
+        pieces.append(_line(at, bottom, at, bottom + 4, "axis"))
+        if at - free > 10 + _CHARACTER * len(f"{number:g}"):  # numbers close together share the room of one label
+            pieces.append(_text(at, bottom + 16, f"{number:g}", "tick tick-x", "middle"))
+            free = at
+    for profile in profiles:
+        css = _class(profile.style)
+        places = [(x(math.log(number)), point) for number, point in profile.points]
+        drawn = " ".join(f"{at:.1f},{y(point.value):.1f}" for at, point in places)
+        line = Markup('<polyline points="{}" class="line thin {}"><title>{}</title></polyline>')
+        pieces.append(line.format(drawn, css, profile.name))
+        for at, point in places:
+            pieces.append(_line(at, y(point.low), at, y(point.high), f"interval {css}"))
+            dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3.2" class="dot {}"><title>{}: {}</title></circle>')
+            pieces.append(dot.format(at, y(point.value), css, point.name, point.text))
+    pieces += [_text(left - 40, 12, captions.y_label, "label axis-label")]
+    pieces.append(_text(right, bottom + 33, captions.x_label, "label axis-label", "end"))
+    legend, legend_height = _legend([Series(profile.name, (), profile.style) for profile in profiles], bottom + 54, left, right)
+    values = "; ".join(f"{p.name}, {point.name}: {point.text}" for p in profiles for _, point in p.points)
+    return _svg(captions, bottom + 42 + legend_height, [*pieces, *legend], f"{captions.note} {values}.".strip())
+
+
+def strip_chart(captions: Captions, rows: Sequence[tuple[str, Sequence[Bar]]]) -> Markup:
+    """A row per name, cut in the proportions of its bars; the bars' texts are hints, not labels."""
+    left, right, row, height = 16 + _CHARACTER * max(len(name) for name, _ in rows), WIDTH - 4.0, 27.0, 19.0
+    pieces = []
+    for index, (name, bars) in enumerate(rows):
+        y, scale = 22 + index * row, Scale(0.0, math.fsum(bar.value for bar in bars) or 1.0, left, right)
+        pieces.append(_text(left - 8, y + 14, name, "label", "end"))
+        before = 0.0
+        for bar in bars:
+            start, end = scale(before), scale(before + bar.value)
+            pieces.append(_bar(start, y, max(0.3, end - start - 0.8), height, f"{bar.name}: {bar.text}"))
+            before += bar.value
+    pieces.append(_text(0, 12, captions.y_label, "label axis-label"))
+    told = "; ".join(f"{name}: {', '.join(bar.text for bar in bars[:3])}" for name, bars in rows)
+    return _svg(captions, 24 + len(rows) * row, pieces, f"{captions.note} The largest of each: {told}.".strip())
+
+
+def density_chart(captions: Captions, counts: Sequence[int], others: Sequence[int], low: float, high: float) -> Markup:
+    """A part's histogram over [low, high] as a filled step, with the outline of all parts'; each is as high as the chart."""
+    left, right, top, bottom = 2.0, WIDTH - 2.0, 4.0, 46.0
+    x = Scale(0.0, float(len(counts)), left, right)
+    pieces = []
+    for values, css, hint in ((counts, "area", "this part"), (others, "line quiet outline", "all parts together")):
+        y = Scale(0.0, float(max(1, *values)), bottom, top)
+        steps = [(x(index + side), y(value)) for index, value in enumerate(values) for side in (0, 1)]
+        points = " ".join(f"{a:.0f},{b:.1f}" for a, b in [(left, bottom), *steps, (right, bottom)])
+        pieces.append(Markup('<polyline points="{}" class="{}"><title>{}</title></polyline>').format(points, css, hint))
+    pieces.append(_line(left, bottom, right, bottom, "axis"))
+    ends = ((left, low, "start"), ((left + right) / 2, (low + high) / 2, "middle"), (right, high, "end"))
+    pieces += [_text(at, bottom + 13, f"{value:.3g}", "tick", anchor) for at, value, anchor in ends]
+    return _svg(captions, bottom + 16, pieces, captions.note)

@@ -16,19 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardmoe.config import Json
+from hardmoe.data.agreement import tag_information
 from hardmoe.data.ids import sortable
 from hardmoe.data.images import thumbnail_data_uri
 from hardmoe.data.reading import Labels, example_shards, labels_of, read_examples, tag_names
 from hardmoe.data.schemas import ASSIGNMENTS, SPLITS
 from hardmoe.hashing import hash_fractions
+from hardmoe.report.distances import bordering_share, count_distances, count_part_distances
 from hardmoe.report.schema import (
     Balance,
     CurvePoint,
     DatasetFacts,
+    Distances,
     Exemplar,
     Metrics,
     Network,
     Part,
+    PartitionFacts,
     ReportData,
     RouterFit,
     TagLift,
@@ -66,12 +70,15 @@ class ReportWork:
 
 def collect(context: Context) -> ReportData:
     """Everything on the page that the run's artifacts decide."""
+    sample = _load_sample(context)
+    partition = _partition_facts(context, sample)
     data: ReportData = {
         "recipe": dict(context.stage.config["recipe"]),
         "dataset": _dataset_facts(context),
         "metrics": _metrics(context),
         "router": _router(context),
-        "parts": _parts(context),
+        "partition": partition,
+        "parts": _parts(context, sample, partition["distances"]),
         "curves": _curves(context),
         "networks": _networks(context),
     }
@@ -89,6 +96,7 @@ def _dataset_facts(context: Context) -> DatasetFacts:
         "quarantine_reasons": dataset["quarantine_reasons"],
         "without_tags": vocabulary["without_hashtags"] + vocabulary["outside_vocabulary"],
         "copies_merged": dataset["copies_merged"],
+        "near_duplicates_removed": sum(near["removed"].values()) if (near := dataset["near_duplicates"]) else None,
         "num_tags": vocabulary["num_tags"],
         "top_tags": vocabulary["top_tags"],
         "dropped_tags": sum(vocabulary["dropped"].values()),
@@ -104,13 +112,51 @@ def _metrics(context: Context) -> Metrics:
 
 def _router(context: Context) -> RouterFit:
     if "router" not in context.stage.inputs:
-        return {"objective": [], "converged": True, "reseeded": [], "experts": context.input("partition").payload["experts"]}
+        experts = context.input("partition").payload["experts"]
+        return {"objective": [], "converged": True, "reseeded": [], "experts": experts, "zero_vectors": None}
     payload = context.input("router").payload
     return {
         "objective": payload["objective"],
         "converged": payload["converged"],
         "reseeded": payload["reseeded"],
         "experts": payload["experts"],
+        "zero_vectors": payload.get("zero_vectors"),
+    }
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Assignments and labels of the training examples that are looked at."""
+
+    ids_N16: NDArray[np.uint8]
+    expert_N: NDArray[np.int32]
+    distance_N: NDArray[np.float32]
+    second_N: NDArray[np.int32]
+    second_distance_N: NDArray[np.float32]
+    labels: Labels
+
+    def tag_counts(self, rows: NDArray[np.bool_], num_tags: int) -> NDArray[np.int64]:
+        """How many of these examples carry each tag, int64 [V]."""
+        chosen_L = np.repeat(rows, np.diff(self.labels.offsets))
+        return np.bincount(self.labels.indices_L[chosen_L], minlength=num_tags)
+
+    def tags_of(self, row: int) -> NDArray[np.int32]:
+        """Tag indices of one example."""
+        return self.labels.indices_L[self.labels.offsets[row] : self.labels.offsets[row + 1]]
+
+
+def _partition_facts(context: Context, sample: _Sample) -> PartitionFacts:
+    information = tag_information(sample.labels, sample.expert_N, sample.ids_N16, context.stage.config["recipe"]["seed"])
+    sizes = context.input("partition").payload["sizes"]["train"]
+    is_routed = "router" in context.stage.inputs
+    return {
+        "looked_at": len(sample.expert_N),
+        "variation": float(np.std(sizes) / np.mean(sizes)) if sum(sizes) else None,
+        "bordering": bordering_share(sample.distance_N, sample.second_distance_N) if is_routed else None,
+        "tag_bits": information.bits,
+        "tag_chance_bits": information.chance_bits,
+        "tag_entropy_bits": information.entropy_bits,
+        "distances": count_distances(sample.distance_N) if is_routed else None,
     }
 
 
@@ -156,27 +202,6 @@ def _merged_rows(rows: Sequence[dict[str, Any]]) -> list[CurvePoint]:
     return [{name: points[s][name] for name in wanted if name in points[s]} for s in sorted(points)]  # type: ignore[misc]
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Assignments and labels of the training examples that are looked at."""
-
-    ids_N16: NDArray[np.uint8]
-    expert_N: NDArray[np.int32]
-    distance_N: NDArray[np.float32]
-    second_N: NDArray[np.int32]
-    second_distance_N: NDArray[np.float32]
-    labels: Labels
-
-    def tag_counts(self, rows: NDArray[np.bool_], num_tags: int) -> NDArray[np.int64]:
-        """How many of these examples carry each tag, int64 [V]."""
-        chosen_L = np.repeat(rows, np.diff(self.labels.offsets))
-        return np.bincount(self.labels.indices_L[chosen_L], minlength=num_tags)
-
-    def tags_of(self, row: int) -> NDArray[np.int32]:
-        """Tag indices of one example."""
-        return self.labels.indices_L[self.labels.offsets[row] : self.labels.offsets[row + 1]]
-
-
 def _load_sample(context: Context) -> _Sample:
     partition = context.input("partition")
     fraction = min(1.0, SAMPLE / max(1, sum(partition.payload["sizes"]["train"])))
@@ -193,9 +218,9 @@ def _load_sample(context: Context) -> _Sample:
     return _Sample(ids, expert, distance, second, second_distance, labels_of(context.input("vocabulary"), ids))
 
 
-def _parts(context: Context) -> list[Part]:
+def _parts(context: Context, sample: _Sample, overall: Distances | None) -> list[Part]:
     partition, vocabulary = context.input("partition"), context.input("vocabulary")
-    names, sample = tag_names(vocabulary), _load_sample(context)
+    names = tag_names(vocabulary)
     overall_V = sample.tag_counts(np.ones(len(sample.expert_N), bool), len(names))
     parts: list[Part] = []
     for expert in range(partition.payload["experts"]):
@@ -206,6 +231,7 @@ def _parts(context: Context) -> list[Part]:
             "expert": expert,
             "sizes": {split: partition.payload["sizes"][split][expert] for split in SPLITS},  # type: ignore[typeddict-item]
             "mean_distance": partition.payload["mean_distance"][expert],
+            "distances": count_part_distances(sample.distance_N[in_part_N], overall) if overall else None,
             "tags": _characteristic_tags(sample.tag_counts(in_part_N, len(names)), overall_V, in_part_N, names),
             "typical": [_exemplar(sample, row, images, names) for row in typical],
             "borderline": [_borderline(sample, row, images, names) for row in borderline],

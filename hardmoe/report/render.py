@@ -12,7 +12,6 @@ Shape letters: K experts.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import yaml
@@ -21,7 +20,9 @@ from markupsafe import Markup
 
 from hardmoe.report import charts
 from hardmoe.report.charts import Bar, Captions, Interval, Series
-from hardmoe.report.schema import Balance, CurvePoint, Exemplar, Metric, Network, Part, ReportData, ReportProvenance, StageTime
+from hardmoe.report.formats import format_count, format_duration, format_percent, format_points, format_time
+from hardmoe.report.parts import describe_partition, distance_chart, fit_chart
+from hardmoe.report.schema import CurvePoint, Exemplar, Metric, Network, Part, ReportData, ReportProvenance, StageTime
 
 SYSTEMS = {
     "trunk": "the first network, alone",
@@ -61,35 +62,6 @@ class Headline:
     sentence: str
     detail: str
     difference: Metric | None
-
-
-def format_percent(value: float | None, decimals: int = 1) -> str:
-    """A fraction in per cent, without the sign, `0.613` -> `61.3`; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{decimals}f}".replace("-", "−")
-
-
-def format_points(value: float | None) -> str:
-    """A difference of fractions in percentage points with its sign, `0.034` -> `+3.40`."""
-    return "–" if value is None else f"{100 * value:+.2f}".replace("-", "−")
-
-
-def format_count(value: int) -> str:
-    """A whole number with its thousands apart."""
-    return f"{value:,}"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them: `8.2 s`, `4 min 12 s`, `1 h 05 min`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def format_time(iso: str) -> str:
-    """An ISO time to the minute, with its zone where it names one."""
-    return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M %Z").strip()
 
 
 def expert_name(expert: int) -> str:
@@ -213,20 +185,6 @@ def describe_sizes(parts: Sequence[Part]) -> list[tuple[str, str]]:
     return facts
 
 
-def describe_balance(balance: Balance | None, num_images: int) -> list[tuple[str, str]]:
-    """What limiting the parts' size cost, in words; nothing if it was not limited."""
-    if balance is None:
-        return []
-    elsewhere, least, bound = sum(balance["serve_elsewhere"]), balance["unconstrained_cost"], balance["lower_bound"]
-    served = f"{format_count(elsewhere)} training images ({format_percent(elsewhere / max(1, num_images))} %)"
-    facts = [("room in a part", format_count(balance["capacity"])), ("trained elsewhere than served", served)]
-    if least > 0.0:
-        above = f"{format_percent(balance['cost'] / least - 1.0)} % above nearest centroids"
-        within = f"at most {format_percent(balance['cost'] / bound - 1.0, 3)} % above the least possible"
-        facts.append(("squared distances", f"{above}, {within}"))
-    return facts
-
-
 def pick_mosaic(parts: Sequence[Part]) -> list[Exemplar]:
     """Typical images for the page's head, at most `MOSAIC_SIZE`, the same number of every expert, expert by expert."""
     each = max(1, MOSAIC_SIZE // max(len(parts), 1))
@@ -256,7 +214,7 @@ def _lines(curves: Mapping[str, Sequence[CurvePoint]], names: Sequence[str], key
 
 
 def curve_charts(data: ReportData) -> list[tuple[str, Markup]]:
-    """Captions and charts of the training curves and of the router's fit; those without points are left out."""
+    """Captions and charts of the training curves; those without points are left out."""
     curves = data["curves"]
     experts = sorted(name for name in curves if _EXPERT.match(name))
     shown: list[str] = [name for name in ("trunk", "dense") if name in curves]
@@ -274,9 +232,6 @@ def curve_charts(data: ReportData) -> list[tuple[str, Markup]]:
         title = f"{caption}: validation {HEADLINE_METRIC}{where}"
         precision = Captions(f"chart-{group}-precision", title, "images seen", f"{HEADLINE_METRIC}, %")
         found.append((title, charts.line_chart(precision, _lines(curves, names, f"validation_{HEADLINE_METRIC}", 100.0))))
-    objective = [(float(index), value) for index, value in enumerate(data["router"]["objective"], start=1)]
-    router = Captions("chart-router", "Router: k-means objective after each pass", "pass", "objective")
-    found.append((router.title, charts.line_chart(router, [Series("objective", objective, 0)])))
     return [(caption, chart) for caption, chart in found if chart is not None]
 
 
@@ -331,7 +286,8 @@ def _tag_chart(data: ReportData) -> Markup | None:
     return charts.bar_chart(Captions("chart-tags", "The most frequent hashtags"), bars) if bars else None
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Jinja2 with the package's templates, and the formats above as filters."""
     environment = Environment(
         loader=PackageLoader("hardmoe.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -356,7 +312,7 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
     """
     stages, largest = group_stages(provenance["stages"]), max((part["sizes"]["train"] for part in data["parts"]), default=0)
     return (
-        _environment()
+        page_environment()
         .get_template("page.html")
         .render(
             data=data,
@@ -369,7 +325,10 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             forest=[chart for chart in (_system_chart(data), _difference_chart(data)) if chart],
             mosaic=pick_mosaic(data["parts"]),
             size_chart=_size_chart(data["parts"]),
-            size_facts=describe_sizes(data["parts"]) + describe_balance(data.get("balance"), data["dataset"]["sizes"]["train"]),
+            size_facts=describe_sizes(data["parts"]),
+            partition_facts=describe_partition(data),
+            fit_chart=fit_chart(data),
+            distance_charts=[distance_chart(part, data["partition"]["distances"]) for part in data["parts"]],
             index_beside=len(data["parts"]) <= MAX_INDEX_BESIDE,
             num_in_parts=sum(part["sizes"]["train"] for part in data["parts"]),
             largest_part=largest,

@@ -56,6 +56,7 @@ class DatasetFacts(TypedDict):
     quarantine_reasons: dict[str, int]
     without_tags: int
     copies_merged: int
+    near_duplicates_removed: int | None
     num_tags: int
     top_tags: list[TagCount]
     dropped_tags: int
@@ -67,12 +68,43 @@ Reseeded = TypedDict("Reseeded", {"pass": int, "expert": int})
 
 
 class RouterFit(TypedDict):
-    """How the k-means fit went: the objective after every pass (empty for a random partition)."""
+    """How the k-means fit went: the objective after every pass (empty for a random partition).
+
+    `zero_vectors` is the number of training features without a direction, null where nobody counted them.
+    """
 
     objective: list[float]
     converged: bool
     reseeded: list[Reseeded]
     experts: int
+    zero_vectors: int | None
+
+
+class Distances(TypedDict):
+    """Distances to the centroid: counts in bins of equal width from `low` to `high`, and quantiles of all parts together."""
+
+    low: float
+    high: float
+    counts: list[int]
+    quantiles: dict[str, float]
+
+
+class PartitionFacts(TypedDict):
+    """How the partition as a whole is; all but `variation` from the sample that was `looked_at`.
+
+    `variation` is the standard deviation of the parts' sizes divided by their mean. `bordering` is the share of images whose
+    second nearest centroid is at most 10 % farther away than the nearest. `tag_bits` is the mutual information of hashtag and
+    part per occurrence, `tag_chance_bits` what it is for parts dealt out by lot, `tag_entropy_bits` the hashtags' entropy.
+    `bordering` and `distances` are null for a random partition.
+    """
+
+    looked_at: int
+    variation: float | None
+    bordering: float | None
+    tag_bits: float
+    tag_chance_bits: float
+    tag_entropy_bits: float
+    distances: Distances | None
 
 
 class Balance(TypedDict):
@@ -99,12 +131,20 @@ class Exemplar(TypedDict):
     ratio: NotRequired[float]
 
 
+class PartDistances(TypedDict):
+    """A part's distances to its centroid: counts in the bins of `Distances`, and quantiles by their per cent."""
+
+    counts: list[int]
+    quantiles: dict[str, float]
+
+
 class Part(TypedDict):
     """One expert's share of the dataset."""
 
     expert: int
     sizes: Sizes
     mean_distance: float | None
+    distances: PartDistances | None
     tags: list[TagLift]
     typical: list[Exemplar]
     borderline: list[Exemplar]
@@ -136,6 +176,7 @@ class ReportData(TypedDict):
     dataset: DatasetFacts
     metrics: Metrics
     router: RouterFit
+    partition: PartitionFacts
     balance: NotRequired[Balance]
     parts: list[Part]
     curves: dict[str, list[CurvePoint]]

@@ -14,7 +14,7 @@ def report_stage(recipe: Mapping[str, Json], stages: Sequence[Stage]) -> Stage:
     return Stage(
         name="report",
         kind="report",
-        version=1,
+        version=2,
         config={"recipe": dict(recipe)},
         inputs=inputs,
         work="hardmoe.report.collect:ReportWork",

@@ -29,6 +29,8 @@ _ABANDONED_SECONDS = 3600.0
 _DELETED_AT_ONCE = 1000
 _heeding: set[tuple[S3Access, str]] = set()
 """Buckets that were seen to heed conditions; asked once per process."""
+_there: set[tuple[S3Access, str]] = set()
+"""Buckets that were seen to be there, likewise."""
 logger = logging.getLogger("hardmoe")
 
 
@@ -195,9 +197,25 @@ class S3Storage:
                 found: Mapping[str, Any] = patiently(lambda: blob.client.head_object(**blob.address))
                 return found
             except ANSWERS as error:
-                if missing_is_fine and is_missing(error):
-                    return None
+                if is_missing(error):
+                    self._check_bucket()
+                    if missing_is_fine:
+                        return None
                 raise
+
+    def _check_bucket(self) -> None:
+        """Make sure, once, that there is a bucket to miss a file in: an answer to HEAD says 404 of both and no word more."""
+        if (place := (self._place.access, self._place.bucket)) in _there:
+            return
+        try:
+            patiently(lambda: self._client().head_bucket(Bucket=self._place.bucket))
+        except ANSWERS as error:
+            if is_missing(error):
+                raise _as_answer({"Code": "NoSuchBucket"}, 404) from error
+            # Whoever may not look at the bucket as a whole may still read in it.
+            if status_of(error) != 403:
+                raise
+        _there.add(place)
 
     def _pages(self, operation: str, top: str) -> Iterator[Mapping[str, Any]]:
         """All pages of a listing of what lies below a directory; `a` does not name `ab/`."""
@@ -278,12 +296,12 @@ def _unless_gone(request: Callable[[], Any]) -> None:
             raise
 
 
-def _as_answer(refused: Mapping[str, str]) -> ClientError:
-    """What the store says of one object of many, as if it had been asked about it alone."""
+def _as_answer(refused: Mapping[str, str], status: int | None = None) -> ClientError:
+    """What the store says of one object of many, or of its bucket, as if it had been asked about that alone."""
     code = refused.get("Code", "")
-    status = 403 if code == "AccessDenied" else 400
+    status = status or (403 if code == "AccessDenied" else 400)
     body: Any = {"Error": {"Code": code, "Message": refused.get("Message", "")}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return ClientError(body, "DeleteObjects")
+    return ClientError(body, "request")
 
 
 def _server_time(page: Mapping[str, Any]) -> float:

@@ -20,6 +20,7 @@ from botocore.exceptions import BotoCoreError
 
 from hardmoe.errors import StorageError
 from hardmoe.storage.s3_errors import ANSWERS, is_passing
+from hardmoe.storage.s3_silence import heard
 from hardmoe.storage.s3_uri import S3Access
 
 ATTEMPTS = 10
@@ -45,6 +46,7 @@ class Patience:
         self.failed = 0
         """Attempts so far whose answer was an error or did not arrive."""
         self._started = time.monotonic()
+        heard(PATIENCE_SECONDS)
 
     def wait(self, error: Exception) -> None:
         """Pause before the next attempt; raises the error itself if it will not pass by waiting, or lasts for too long."""
@@ -58,6 +60,7 @@ class Patience:
     def progress(self) -> None:
         """Something arrived: the next failure is the first one again."""
         self.failed, self._started = 0, time.monotonic()
+        heard(PATIENCE_SECONDS)
 
 
 def patiently(request: Callable[[], T]) -> T:

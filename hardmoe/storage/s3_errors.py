@@ -13,6 +13,7 @@ from botocore import exceptions as failures
 from botocore.parsers import ResponseParserError
 
 from hardmoe.errors import MissingFileError, StorageError
+from hardmoe.storage.s3_silence import listened_for
 
 _CUT = (
     failures.HTTPClientError,
@@ -72,12 +73,14 @@ def is_passing(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explained(verb: str, where: str, client: Any) -> Iterator[None]:
-    """Turn what a store answers into one sentence with the remedy."""
+    """Turn what a store answers into one sentence with the remedy, and tell if it does not answer."""
+    endpoint = str(client.meta.endpoint_url)
     try:
-        yield
+        with listened_for(endpoint, f"{verb} {where}"):
+            yield
     except ANSWERS as error:
         kind = MissingFileError if is_missing(error) else StorageError
-        raise kind(f"cannot {verb} {where}: {_explanation(error, str(client.meta.endpoint_url))}") from error
+        raise kind(f"cannot {verb} {where}: {_explanation(error, endpoint)}") from error
 
 
 _FULL = "the store is full; free some space and run again, finished work is kept"

@@ -23,7 +23,8 @@ from hardmoe.training.determinism import deterministic
 from hardmoe.training.inference import predict_batches
 from hardmoe.training.staging import EncodedImage, Staging, inference_batch_size, staged_batches
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 64
+"""A divisor of the rows of most row groups of images, so that none is put together from two."""
 
 
 def extract_shard(

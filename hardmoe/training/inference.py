@@ -72,9 +72,10 @@ class _Normaliser:
             return _normalised(images_B3SS)
         if self._target_B3SS is None:
             self._target_B3SS = torch.empty(images_B3SS.shape, memory_format=torch.channels_last)
-        step = max(1, self._PIECE // images_B3SS[0].numel())
-        for start in range(0, len(images_B3SS), step):
-            normalise_images(images_B3SS[start : start + step], self._target_B3SS[start : start + step])
+        source = images_B3SS.permute(0, 2, 3, 1).reshape(-1)
+        target = self._target_B3SS.permute(0, 2, 3, 1).view(-1)
+        for start in range(0, len(source), self._PIECE):
+            normalise_images(source[start : start + self._PIECE], target[start : start + self._PIECE])
         return self._target_B3SS
 
 

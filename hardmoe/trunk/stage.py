@@ -9,7 +9,7 @@ def trunk_stage(config: TrunkConfig, seed: int) -> Stage:
     return Stage(
         name="trunk",
         kind="trunk",
-        version=2,
+        version=3,
         config={"trunk": config.identity(), "seed": seed},
         operational={"trunk": config.operational_values()},
         inputs={"dataset": "dataset", "vocabulary": "vocabulary"},

@@ -1,5 +1,6 @@
 """Balanced parts through the command line: sizes, who serves whom, other shardings and backends, and SIGKILL in every phase."""
 
+import json
 import os
 import signal
 import subprocess
@@ -163,12 +164,19 @@ def test_a_balanced_run_reports_what_it_cost_and_serves_by_the_nearest_centroid(
     assert result.returncode == 0, result.stderr
     page = (other / "report" / "index.html").read_text()
     elsewhere = sum(payload(other, "partition")["balance"]["serve_elsewhere"])
-    assert f"{elsewhere} training images ({100 * elsewhere / 379:.1f} %)" in page
+    assert f"{elsewhere} images, {100 * elsewhere / 379:.1f}\N{NO-BREAK SPACE}%" in page
     mixture = Mixture.load(str(other))
     rows = [row for path in root.glob("dataset/split=train/*.parquet") for row in pq.read_table(path).to_pylist()]
     routed = by_id(root.glob("partition/assignments/*.parquet"))
     experts = mixture.route([row["image"] for row in rows])
     np.testing.assert_array_equal(experts, [routed[row["example_id"]]["expert"] for row in rows])
+    # The check for drift compares with where the training images would be served, not with how they were balanced.
+    write_recipe(tmp_path, "other.yaml", root="runs/other")
+    checked = invoke(tmp_path, "partition", "--check", "other.yaml", "--backend", "inline", "--json")
+    assert checked.returncode == 0, checked.stderr
+    training = json.loads(checked.stdout)["sets"]["training"]
+    assert training["sizes"] == payload(root, "partition")["sizes"]["train"]
+    assert training["mean_distance"] == pytest.approx(payload(root, "partition")["mean_distance"], rel=1e-5)
 
 
 def test_slack_without_balance_is_refused(root: Path, photos: Path, tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
 """More than 3,000 broken, hostile and odd images through the dataset stage: every row accounted for, as it must be."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hostile_images import MAX_PIXELS, HostileImage, hostile_images
-from support import command, write_recipe
+from memory import run_measured
+from support import write_recipe
 
 LARGEST_PROCESS = (1 << 30) + 12 * MAX_PIXELS
 """Bytes: Python with torch, and an image of the most pixels allowed in a few forms at once. Its size is not in it."""
@@ -16,13 +15,10 @@ LARGEST_PROCESS = (1 << 30) + 12 * MAX_PIXELS
 
 def build(directory: Path) -> int:
     """Build the dataset in a process of its own, which ends at the vocabulary; returns its peak memory in bytes."""
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command("partition", "--backend", "inline"), cwd=directory, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    said = (directory / "log").read_text()
-    assert process.returncode == 1 and "hashtags.min_count=1000000" in said, said[-2000:]
-    return usage.ru_maxrss * 1024
+    code = "from hardmoe.cli.main import main; main()"
+    result, peak = run_measured(code, ["partition", "--backend", "inline"], directory)
+    assert result.returncode == 1 and "hashtags.min_count=1000000" in result.stderr, result.stderr[-2000:]
+    return peak
 
 
 def listed(root: Path, name: str, column: str) -> dict[str, str | bytes]:

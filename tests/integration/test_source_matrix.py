@@ -75,7 +75,7 @@ def test_parquet_on_a_disk_gives_the_rows_that_it_must(plain: dict[str, bytes], 
 
 @pytest.mark.parametrize(("kind", "place"), PLACES)
 def test_every_source_gives_the_same_dataset(section: dict[str, Any], tmp_path: Path, plain: dict[str, bytes]) -> None:
-    root = build(tmp_path, section)
+    root = build(tmp_path, section, store="copy")
     assert shards(root) == plain
     origins = [row for path in root.glob("dataset/origin/*.parquet") for row in pq.read_table(path).to_pylist()]
     assert len(origins) == len({row["source_uri"] for row in origins}) == len(EXAMPLES)
@@ -90,3 +90,19 @@ def test_every_source_that_can_be_referred_to_gives_the_same_rows(section: dict[
     rows = [row for table in read_examples(dataset, dataset.files("split=")) for row in table.to_pylist()]
     assert {(row["example_id"], row["image"], tuple(row["tags"])) for row in rows} == expected()
     assert len(rows) == len(expected())
+
+
+@pytest.mark.parametrize(("kind", "place"), [("parquet-paths", "local"), ("parquet-paths", "s3")])
+def test_images_that_a_table_only_names_stay_where_they_are_unless_the_recipe_says_otherwise(
+    section: dict[str, Any], tmp_path: Path
+) -> None:
+    """`auto` went by the size of the tables: 10 MB of paths to a terabyte of photos were a small collection, to be copied."""
+    root = build(tmp_path, section)
+    payload = ArtifactStore(LocalStorage(root)).get("dataset").payload
+    assert payload["store"] == "reference"
+    assert sum(payload["sizes"].values()) == len(expected())
+
+
+def test_scaled_copies_are_copies_of_what_a_table_names(tmp_path: Path) -> None:
+    root = build(tmp_path, WRITERS["parquet-paths"](tmp_path / "photos", EXAMPLES[:20]), store_size=8)
+    assert ArtifactStore(LocalStorage(root)).get("dataset").payload["store"] == "copy"

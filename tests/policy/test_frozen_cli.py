@@ -16,7 +16,7 @@ BUILD = RECIPE | {"--parallel", "--backend", "--address"}
 
 COMMANDS: dict[str, set[str]] = {
     "init": {"PATH", "--schema", "--force", "--debug"},
-    "partition": BUILD,
+    "partition": BUILD | {"--sweep", "--seeds", "--check", "--json"},
     "train-experts": BUILD | {"--only"},
     "fit-decoder": BUILD,
     "evaluate": BUILD,

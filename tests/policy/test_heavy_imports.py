@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import hardmoe, snapshot
+from support import copied_run, hardmoe, invoke, snapshot, write_recipe
 
 HEAVY = {"torch", "torchvision", "ray", "faiss", "boto3"}
 
@@ -68,6 +68,17 @@ def test_looking_at_a_run_loads_nothing_heavy_and_changes_no_file(
     tmp_path: Path, finished: Path, arguments: tuple[str, ...]
 ) -> None:
     assert_light_and_harmless(finished, tmp_path, arguments)
+
+
+def test_finished_sweep_and_check_again_load_nothing_heavy_and_change_no_file(finished: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    copied_run(finished, project, keep=("dataset", "vocabulary", "trunk", "features", "router", "partition"))
+    write_recipe(project, "other.yaml", root="runs/other")
+    for arguments in (("partition", "--sweep", "2,3"), ("partition", "--check", "other.yaml")):
+        first = invoke(project, *arguments, "--backend", "inline")
+        assert first.returncode == 0, first.stderr
+        assert_light_and_harmless(project, tmp_path, arguments)
 
 
 def test_finished_run_again_prints_what_the_first_time_printed(finished: Path) -> None:

@@ -65,6 +65,20 @@ def test_same_table_gives_the_same_bytes_however_it_is_chunked(storage: LocalSto
     assert storage.read_bytes("a") == storage.read_bytes("b")
 
 
+@pytest.mark.parametrize(("image_bytes", "group_rows"), [(1, 1024), (43_000, 64), (2**22, 16)])
+def test_images_are_stored_as_they_are_in_row_groups_of_a_few_megabytes(
+    storage: LocalStorage, image_bytes: int, group_rows: int
+) -> None:
+    count = min(2000, 2**24 // image_bytes + 100)
+    table = pa.table({"image": pa.array([bytes(image_bytes)] * count, pa.binary()), "tags": [["a"]] * count})
+    write_table(storage.open_output("t"), table)
+    metadata = pq.read_metadata(Path(storage.uri) / "t")
+    assert metadata.row_group(0).num_rows == group_rows
+    columns = {c.path_in_schema: c.compression for c in (metadata.row_group(0).column(i) for i in range(2))}
+    assert columns == {"image": "UNCOMPRESSED", "tags.list.element": "ZSTD"}
+    assert read_table(storage, "t", table.schema).equals(table)
+
+
 def test_empty_table_reads_back_with_its_columns(storage: LocalStorage) -> None:
     write_table(storage.open_output("t"), example_table(0))
     table = read_table(storage, "t", SCHEMA)

@@ -111,3 +111,11 @@ class ReferableSource(Source, Protocol):
         Raises:
             DataError: a file is gone or was altered so that it cannot be read.
         """
+
+
+@runtime_checkable
+class NamingSource(ReferableSource, Protocol):
+    """A source whose `files` may be tables that only name the images: their sizes then say nothing of the images'."""
+
+    def names_images(self) -> bool:
+        """Whether they do, and `fetch` finds every image again."""

@@ -29,9 +29,9 @@ from hardmoe.errors import DataError, StorageError
 from hardmoe.storage import Storage
 
 _BATCH_ROWS = 256
-_BATCH_BYTES = 64 * 2**20
+_BATCH_BYTES = 16 * 2**20
 _BUFFER_BYTES = 4 * 2**20
-"""What is read of a column at a time; without it pyarrow reads a row group's whole column at once."""
+"""What is read of a column at a time; without it, or with `pre_buffer`, pyarrow reads a row group's whole column at once."""
 _THREADS = 8
 
 
@@ -44,7 +44,7 @@ def _opened(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{error}; put the file back, make it readable, or correct dataset.path") from error
     with closing(source):
         try:
-            file = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES)
+            file = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except pa.ArrowInvalid as error:
             reason = _reason(error)
             raise DataError(f"{where} is not a Parquet file ({reason}); correct dataset.path or write the file again") from error
@@ -124,6 +124,17 @@ class ParquetSource:
             DataError: no path, or a path that matches nothing.
         """
         return self._inputs.source_files()
+
+    def names_images(self) -> bool:
+        """Whether the first table's images are paths or URIs, which all tables' common folder or `image_root` leads to."""
+        files = self._inputs.files.items()
+        if self._config.image_root is None and any(name != file.path for name, file in files):
+            return False
+        _, first = next(iter(files))
+        storage = Storages()[first.root]
+        with _opened(storage, first.path) as opened:
+            self._check_columns(opened.schema_arrow, storage.where(first.path))
+            return _is_string(opened.schema_arrow.field(self._config.image_column).type)
 
     def shards(self) -> list[SourceShard]:
         """Ranges of row groups, numbered over all files.

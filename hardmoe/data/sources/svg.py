@@ -3,9 +3,9 @@
 resvg renders exactly and fast, but it opens files that a drawing names, overflows its stack and takes the process with it
 at some two hundred nested elements, and needs hours for a few hundred characters that reference each other or ask for noise.
 So a drawing is parsed first, and only one made of a known vocabulary, which refers to nothing but itself and stays small
-with all its references followed, is rendered. It is rendered at twice the size and averaged down, since resvg's own
-antialiasing knows few grey values. Rejected: a process per worker that may be killed, which costs more than the rendering;
-a list of what is forbidden, which is never complete.
+with all its references followed, is rendered. Rejected: a process per worker that may be killed, which costs more than the
+rendering; a list of what is forbidden, which is never complete; rendering at twice the size and averaging down, for resvg's
+own antialiasing is within a few grey levels of it and takes 0.27 ms instead of 0.69.
 
 Shape letters: S side in pixels, 3 the channels red, green, blue.
 """
@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hardmoe.errors import HardmoeError
-
-SUPERSAMPLING = 2
 
 _MAX_DEPTH = 24
 _MAX_ELEMENTS = 50_000
@@ -146,14 +144,14 @@ def draw(body: str, frame: Frame, size: int) -> NDArray[np.uint8]:
         1e-3 < value < 1e6 for value in (frame.width, frame.height)
     ):
         raise UndrawableSvgError(f"an impossible frame ({frame.left:g}, {frame.top:g}, {frame.width:g}, {frame.height:g})")
-    xml = _XML.format(pixels=size * SUPERSAMPLING, body=body, **vars(frame))
+    xml = _XML.format(pixels=size, body=body, **vars(frame))
     _Checker().check(xml)
     try:
         png = resvg_py.svg_to_bytes(svg_string=xml, skip_system_fonts=True, background="#ffffff")
     except ValueError as error:
         raise UndrawableSvgError(f"cannot be rendered ({error})") from error
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-        pixels_SS3 = np.asarray(image.convert("RGB").reduce(SUPERSAMPLING))
+        pixels_SS3 = np.asarray(image.convert("RGB"))
     if pixels_SS3.min() == 255:
         raise UndrawableSvgError("blank drawing")
     return pixels_SS3

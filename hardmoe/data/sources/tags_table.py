@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from hardmoe.data.encodings import HEAD_BYTES, check_utf8
 from hardmoe.data.sources.fields import UnusableRowError
 from hardmoe.errors import DataError
 from hardmoe.storage import Storage
@@ -57,7 +58,11 @@ class TagsTable:
             raise DataError(f"dataset.tags_path {self._where!r} is neither CSV nor JSONL; give a file named .csv, .tsv or .jsonl")
 
     def columns(self) -> list[str] | None:
-        """The header of a CSV file; None for JSONL, whose rows have their own."""
+        """The header of a CSV file; None for JSONL, whose rows have their own.
+
+        Raises:
+            DataError: it is not in UTF-8, or has no header.
+        """
         if self._ending in _LINES:
             return None
         with self._opened() as source:
@@ -76,7 +81,7 @@ class TagsTable:
             number: its number.
 
         Raises:
-            DataError: the file is malformed so that rows cannot be told apart.
+            DataError: the file is not in UTF-8, or malformed so that rows cannot be told apart.
             StorageError: it cannot be read.
         """
         columns = self.columns()
@@ -91,8 +96,9 @@ class TagsTable:
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         with closing(self._storage.open_input(self._path)) as source:
-            if source.read(len(_BOM)) != _BOM:
-                source.seek(0)
+            head = source.read(HEAD_BYTES)
+            check_utf8(head, self._where)
+            source.seek(len(_BOM) if head.startswith(_BOM) else 0)
             yield source
 
     def _objects(self, source: BinaryIO) -> Iterator[tuple[int, Values]]:

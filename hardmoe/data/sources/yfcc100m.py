@@ -85,6 +85,10 @@ class Yfcc100mSource:
         """The pieces of metadata."""
         return self._inputs.source_files()
 
+    def names_images(self) -> bool:
+        """Always: the photos are files of their own."""
+        return True
+
     def shards(self) -> list[SourceShard]:
         """Ranges of bytes of the plain pieces, and every compressed piece as a whole."""
         wanted = self._config.shard_rows * _LINE_BYTES

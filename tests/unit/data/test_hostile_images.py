@@ -5,7 +5,6 @@ the test run, and the system itself holds the process to its memory.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile_images import MAX_PIXELS, HostileImage, hostile_images
+from memory import with_tests_path
 
 from hardmoe.data.images import decode, load_square, resize_square
 
@@ -30,9 +30,8 @@ SECONDS = 120
 @pytest.fixture(scope="module")
 def run() -> dict[str, Any]:
     """What a process of its own reports after it decoded all files."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     program = [sys.executable, str(TESTS / "hostile_images.py"), str(MEMORY_LIMIT)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, env=with_tests_path())
     assert done.returncode == 0, done.stderr[-2000:]
     report: dict[str, Any] = json.loads(done.stdout)
     return report

@@ -25,6 +25,7 @@ from hardmoe.data.images import (
     decode,
     encode_png,
     load_square,
+    load_square_into,
     resize_square,
     shrink,
     thumbnail_data_uri,
@@ -368,3 +369,17 @@ def test_thumbnail_is_a_png_data_uri_of_the_square():
     assert scheme == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(payload))) as thumbnail:
         np.testing.assert_array_equal(np.asarray(thumbnail), resize_square(pixels, 16).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(40, 60, 16), (60, 40, 33), (24, 24, 24), (7, 9, 20)])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_square_in_a_row_of_a_batch_equals_the_square_alone(height: int, width: int, size: int, reduced: bool) -> None:
+    data = saved(Image.fromarray(noise(height, width)), "JPEG", quality=90)
+    batch = np.full((3, size, size, 3), 7, np.uint8)
+    load_square_into(batch[1], data, LIMIT, reduced=reduced)
+    np.testing.assert_array_equal(batch[1].transpose(2, 0, 1), load_square(data, size, LIMIT, reduced=reduced))
+    assert (batch[::2] == 7).all()
+    with torch.inference_mode():
+        inside = np.empty_like(batch[1])
+        load_square_into(inside, data, LIMIT, reduced=reduced)
+    np.testing.assert_array_equal(inside, batch[1])

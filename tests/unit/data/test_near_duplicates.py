@@ -1,10 +1,12 @@
 """The whole near-duplicate rule on labelled pairs, and the decision by hand-made cases and SciPy's components."""
 
 from functools import cache
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from near_duplicate_pairs import Pair, hard_negatives, near_duplicates
+from near_duplicate_pairs import hard_negatives, near_duplicates
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -17,16 +19,22 @@ from hardmoe.data.perceptual import NO_HASH, perceptual_hashes, thumbnail
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
+class _Labelled(NamedTuple):
+    """Pairs without their pictures, which would stay in memory for the rest of a test run (90 MB)."""
+
+    same_P: NDArray[np.bool_]
+    is_icon_P: NDArray[np.bool_]
+    first_PX: NDArray[np.uint8]
+    """Thumbnails, uint8 [P, 1024]."""
+    second_PX: NDArray[np.uint8]
+
+
 @cache
-def _labelled() -> tuple[list[Pair], NDArray[np.uint8], NDArray[np.uint8]]:
-    """1,000 pairs with their thumbnails, uint8 [1000, 1024] twice."""
-    pairs = [*near_duplicates(250, seed=11), *hard_negatives(250, seed=12)]
-    first, second = (np.stack([thumbnail(image) for image in images]) for images in zip(*_images(pairs), strict=True))
-    return pairs, first, second
-
-
-def _images(pairs: list[Pair]) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    return [(pair.first_HW3, pair.second_HW3) for pair in pairs]
+def _labelled() -> _Labelled:
+    """1,000 pairs."""
+    pairs = chain(near_duplicates(250, seed=11), hard_negatives(250, seed=12))
+    rows = [(pair.same, pair.kind == "icon", thumbnail(pair.first_HW3), thumbnail(pair.second_HW3)) for pair in pairs]
+    return _Labelled(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
 def _by_hash(first_PX: NDArray[np.uint8], second_PX: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -42,9 +50,8 @@ def _interval(hits: int, total: int) -> str:
 
 def test_rule_at_the_defaults_has_high_precision_and_recall_on_a_thousand_pairs() -> None:
     """Measured: precision 0.996 and recall 0.953 on 8,000 such pairs; see the module's table."""
-    pairs, first_PX, second_PX = _labelled()
-    same_P = np.array([pair.same for pair in pairs])
-    assert len(pairs) == 1000 and same_P.sum() == 500
+    same_P, _, first_PX, second_PX = _labelled()
+    assert len(same_P) == 1000 and same_P.sum() == 500
     found_P = _by_hash(first_PX, second_PX) & confirmed(first_PX, second_PX, DatasetConfig().near_difference)
     hits = int((found_P & same_P).sum())
     print("precision", _interval(hits, int(found_P.sum())), "recall", _interval(hits, 500))
@@ -54,16 +61,16 @@ def test_rule_at_the_defaults_has_high_precision_and_recall_on_a_thousand_pairs(
 
 @pytest.mark.parametrize(("kind", "least_recall", "most_false"), [("icon", 0.90, 0.025), ("photograph", 0.95, 0.0)])
 def test_rule_holds_for_drawings_and_for_photographs(kind: str, least_recall: float, most_false: float) -> None:
-    pairs, first_PX, second_PX = _labelled()
-    same_P, kind_P = np.array([pair.same for pair in pairs]), np.array([pair.kind == kind for pair in pairs])
+    same_P, is_icon_P, first_PX, second_PX = _labelled()
+    kind_P = is_icon_P == (kind == "icon")
     found_P = _by_hash(first_PX, second_PX) & confirmed(first_PX, second_PX, DatasetConfig().near_difference)
     assert found_P[kind_P & same_P].mean() > least_recall
     assert found_P[kind_P & ~same_P].mean() <= most_false
 
 
 def test_bare_hash_on_drawings_raises_many_false_alarms_that_the_confirmation_drops() -> None:
-    pairs, first_PX, second_PX = _labelled()
-    negative_P = np.array([pair.kind == "icon" and not pair.same for pair in pairs])
+    same_P, is_icon_P, first_PX, second_PX = _labelled()
+    negative_P = is_icon_P & ~same_P
     bare_P = _by_hash(first_PX, second_PX)[negative_P]
     rule_P = bare_P & confirmed(first_PX[negative_P], second_PX[negative_P], 0.03)
     print("false alarms on drawings:", _interval(int(bare_P.sum()), 250), "bare,", _interval(int(rule_P.sum()), 250), "confirmed")
@@ -73,8 +80,7 @@ def test_bare_hash_on_drawings_raises_many_false_alarms_that_the_confirmation_dr
 
 def test_confirmation_without_the_hash_still_tells_hard_negatives_apart() -> None:
     """The hash only makes the search fast: what it lets through by chance must not decide."""
-    pairs, first_PX, second_PX = _labelled()
-    same_P = np.array([pair.same for pair in pairs])
+    same_P, _, first_PX, second_PX = _labelled()
     found_P = confirmed(first_PX, second_PX, 0.03)
     assert found_P[same_P].mean() > 0.96
     assert found_P[~same_P].mean() < 0.02
@@ -92,7 +98,7 @@ def _reference(first_SS: NDArray[np.uint8], second_SS: NDArray[np.uint8]) -> flo
 
 
 def test_differences_of_unrelated_pictures_equal_their_definition() -> None:
-    _, first_PX, second_PX = _labelled()
+    _, _, first_PX, second_PX = _labelled()
     expected = np.array([_reference(a.reshape(32, 32), b.reshape(32, 32)) for a, b in zip(first_PX, second_PX, strict=True)])
     found = differences(first_PX, second_PX)
     as_they_are = (expected < 0.01) | (expected > 1.0)  # in between an enlarged picture may differ less
@@ -102,7 +108,7 @@ def test_differences_of_unrelated_pictures_equal_their_definition() -> None:
 
 
 def test_differences_are_the_same_in_any_order_and_batch() -> None:
-    _, first_PX, second_PX = _labelled()
+    _, _, first_PX, second_PX = _labelled()
     found = differences(first_PX, second_PX)
     assert np.array_equal(found, differences(second_PX, first_PX))
     assert np.array_equal(found[700:], differences(first_PX[700:], second_PX[700:]))
@@ -110,7 +116,7 @@ def test_differences_are_the_same_in_any_order_and_batch() -> None:
 
 
 def test_differences_of_a_picture_and_itself_are_zero_and_of_blank_ones_total() -> None:
-    picture_X = _labelled()[1][0]
+    picture_X = _labelled().first_PX[0]
     white_X, black_X = np.full_like(picture_X, 255), np.zeros_like(picture_X)
     firsts, seconds = np.stack([picture_X, white_X, white_X]), np.stack([picture_X, black_X, white_X])
     np.testing.assert_allclose(differences(firsts, seconds), [0.0, 1.0, 1.0], atol=1e-12)
@@ -144,8 +150,8 @@ def test_groups_of_random_pairs_are_scipys_components_named_by_their_smallest_ro
 
 
 def test_groups_of_a_long_shuffled_chain_are_one() -> None:
-    chain = np.random.default_rng(0).permutation(50_000)
-    assert set(groups(chain[:-1], chain[1:], 50_000).tolist()) == {0}
+    order = np.random.default_rng(0).permutation(50_000)
+    assert set(groups(order[:-1], order[1:], 50_000).tolist()) == {0}
 
 
 def test_decision_removes_training_rows_like_held_out_ones_and_validation_rows_like_test_ones() -> None:

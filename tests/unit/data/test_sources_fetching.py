@@ -106,10 +106,13 @@ def test_store_that_does_not_answer_stops_the_run_instead_of_spoiling_every_row(
     s3_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hardmoe.storage.s3_client.ATTEMPTS", 2)
-    folder = ImageFolder(f"s3://bucket/photos?endpoint={s3_store.direct}", KEY)
+    folder = ImageFolder(f"s3://{s3_store.bucket()}/photos?endpoint={s3_store.direct}", KEY)
+    absent = ImageFolder(f"s3://no-such-bucket/photos?endpoint={s3_store.direct}", KEY)
     gone = ImageFolder("s3://bucket/photos?endpoint=http://127.0.0.1:9", KEY)
     with pytest.raises(StorageError, match="does not answer"):
         list(gone.read_all(["1.jpg", "2.jpg"], str))
+    with pytest.raises(StorageError, match="there is no such bucket"):
+        list(absent.read_all(["1.jpg", "2.jpg"], str))
     found = [str(found) for _, found in folder.read_all(["1.jpg", None, "https://a/b"], lambda named: named)]
     assert found[1:] == ["null image", "a web address; download the images first"]
 

@@ -164,6 +164,14 @@ def test_broken_rows_spoil_themselves_only(photos: Path) -> None:
     assert [row.source_uri for row in rows[7:]] == ["a/2.png", "1.jpg", "a/3.webp", "a/b c/4.JPEG"]
 
 
+@pytest.mark.parametrize("name", ["tags.csv", "tags.tsv", "tags.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_table_in_utf16_is_refused_and_not_taken_for_one_with_odd_columns(photos: Path, name: str, encoding: str) -> None:
+    """It was said to have no column 'hashtags', only one with a NUL after every letter."""
+    with pytest.raises(DataError, match=rf"{name} is text in UTF-16(LE)?, not in UTF-8; save it as UTF-8, or convert it with"):
+        read(photos, tags_path=table_of(photos, "path,hashtags\n1.jpg,x\n".encode(encoding), name))
+
+
 def test_broken_lines_of_json_spoil_themselves_only(photos: Path) -> None:
     lines = ['{"path": "1.jpg", "hashtags": [7]}', '{"path": ', "[1]", '{"path": 7, "hashtags": "x"}', '{"hashtags": "x"}']
     lines += [

@@ -169,3 +169,13 @@ def test_normalise_images_equals_the_formula_and_refuses_floats() -> None:
     np.testing.assert_allclose(normalise_images(pixels).numpy().ravel(), expected, atol=1e-6)
     with pytest.raises(ValueError, match="uint8"):
         normalise_images(pixels.float())
+
+
+@pytest.mark.parametrize("side", [1, 3, 5, 17, 32])
+def test_a_normalised_pixel_has_the_same_bits_wherever_it_lies(side: int) -> None:
+    """A vector's remainder must be rounded as the vectors are: once, after a fused multiply-add, which float64 can follow."""
+    pixels = torch.randint(0, 256, (7, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
+    expected = (pixels.numpy() * np.float64(np.float32(1 / (255 * 0.25))) - 2.0).astype(np.float32)
+    np.testing.assert_array_equal(normalise_images(pixels).numpy(), expected)
+    into = torch.empty(pixels.numel())
+    np.testing.assert_array_equal(normalise_images(pixels.flatten(), into).numpy(), expected.ravel())

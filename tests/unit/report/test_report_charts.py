@@ -13,12 +13,16 @@ from hardmoe.report.charts import (
     Bar,
     Captions,
     Interval,
+    Profile,
     Series,
     bar_chart,
     column_chart,
+    density_chart,
     interval_chart,
     line_chart,
     nice_ticks,
+    profile_chart,
+    strip_chart,
     thin,
     tick_labels,
 )
@@ -120,6 +124,54 @@ def test_difference_chart_draws_the_line_of_no_effect():
     assert float(zero.get("x1")) == pytest.approx(read_axis(svg, "tick-x", "x")(0.0), abs=0.15)
 
 
+def test_profile_stands_over_its_numbers_on_a_logarithmic_axis_with_its_range():
+    values = {2: (0.56, 0.35, 0.98), 8: (0.68, 0.58, 0.84), 64: (-0.01, -0.02, 0.0)}
+    points = [(float(number), Interval(f"{number} parts", *spread, "text")) for number, spread in values.items()]
+    svg = ElementTree.fromstring(profile_chart(CAPTIONS, [Profile("two seeds", points, 2)]))
+    y = read_axis(svg, "tick-y", "y")
+    labels = {float(text.text): float(text.get("x")) for text in svg.iter("text") if "tick-x" in text.get("class")}
+    assert set(labels) == {2.0, 8.0, 64.0}
+    assert (labels[64.0] - labels[8.0]) == pytest.approx(1.5 * (labels[8.0] - labels[2.0]), abs=0.2)
+    dots = [(float(dot.get("cx")), float(dot.get("cy")) + 3.7) for dot in svg.iter("circle")]
+    np.testing.assert_allclose(dots, [(labels[n], y(value)) for n, (value, _, _) in values.items()], atol=0.15)
+    strokes = [line for line in svg.iter("line") if "interval" in line.get("class")]
+    ends = [(float(line.get("y1")) + 3.7, float(line.get("y2")) + 3.7) for line in strokes]
+    np.testing.assert_allclose(ends, [(y(low), y(high)) for _, low, high in values.values()], atol=0.15)
+    assert "two seeds, 8 parts: text" in svg.find("desc").text
+
+
+def test_profile_of_one_number_and_of_numbers_close_together_is_drawn():
+    one = profile_chart(CAPTIONS, [Profile("a", [(8.0, Interval("8", 0.0, 0.0, 0.0, "0"))], 0)])
+    assert len(list(ElementTree.fromstring(one).iter("circle"))) == 1
+    many = [(float(number), Interval(f"{number}", 1.0, 1.0, 1.0, "1")) for number in range(100, 160)]
+    svg = ElementTree.fromstring(profile_chart(CAPTIONS, [Profile("a", many, 0), Profile("b", many, 7)]))
+    places = sorted(float(text.get("x")) for text in svg.iter("text") if "tick-x" in text.get("class"))
+    assert np.diff(places).min() > 18
+    assert {"a", "b"} <= {text.text for text in svg.iter("text")}
+
+
+def test_strips_are_cut_in_the_proportions_of_their_bars():
+    rows = [("2", [Bar("x", 60.0, "60 %"), Bar("y", 40.0, "40 %")]), ("3", [Bar(name, 5.0, "a third") for name in "xyz"])]
+    svg = ElementTree.fromstring(strip_chart(CAPTIONS, rows))
+    bars = [(float(bar.get("y")), float(bar.get("x")), float(bar.get("width")) + 0.8) for bar in svg.iter("rect")]
+    whole = bars[0][2] + bars[1][2]
+    np.testing.assert_allclose([width / whole for _, _, width in bars], [0.6, 0.4, 1 / 3, 1 / 3, 1 / 3], atol=2e-3)
+    assert bars[0][1] + bars[0][2] == pytest.approx(bars[1][1], abs=0.15)
+    assert len({top for top, _, _ in bars}) == 2
+    assert [bar.find("title").text for bar in svg.iter("rect")][:2] == ["x: 60 %", "y: 40 %"]
+
+
+def test_density_is_as_high_as_its_counts_over_its_range():
+    svg = ElementTree.fromstring(density_chart(CAPTIONS, [2, 8, 0, 4], [1, 1, 1, 4], 0.5, 1.5))
+    area, outline = (read_points(line) for line in svg.iter("polyline"))
+    feet = area[0][1]
+    heights = [feet - y for _, y in area[1:-1]]
+    np.testing.assert_allclose(np.array(heights) / max(heights), np.repeat([0.25, 1.0, 0.0, 0.5], 2), atol=0.01)
+    np.testing.assert_allclose([feet - y for _, y in outline[1:-1]], np.repeat([10.5, 10.5, 10.5, 42.0], 2), atol=0.06)
+    assert (area[1][0], area[-2][0]) == (area[0][0], area[-1][0]) == (2.0, 378.0)
+    assert [text.text for text in svg.iter("text")] == ["0.5", "1", "1.5"]
+
+
 def test_names_are_escaped():
     name = "<b>&\"'</b>"
     captions = Captions("c", name, name, name, name)
@@ -128,6 +180,9 @@ def test_names_are_escaped():
         column_chart(captions, [Bar(name, 1.0, name)], (1.0, name)),
         bar_chart(captions, [Bar(name, 1.0, name)]),
         interval_chart(captions, [Interval(name, 1.0, 0.5, 2.0, name)]),
+        profile_chart(captions, [Profile(name, [(2.0, Interval(name, 1.0, 0.5, 2.0, name))], 0)]),
+        strip_chart(captions, [(name, [Bar(name, 1.0, name)])]),
+        density_chart(captions, [1], [2], 0.0, 1.0),
     ):
         assert ElementTree.fromstring(chart).find("title").text == name
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from hardmoe.report import render
+from hardmoe.report.parts import describe_partition
 from hardmoe.report.render import render_report
 
 SYSTEM_NAMES = ["trunk", "dense", "dense_refit", "experts_own_decoder", "mixture", "random_partition"]
@@ -55,6 +56,7 @@ def make_part(generator, expert, num_experts, images):
         "expert": expert,
         "sizes": {"train": train, "validation": train // 20, "test": train // 20},
         "mean_distance": 0.61,
+        "distances": {"counts": [expert + 1, 40, 9, 0], "quantiles": {"5": 0.3, "50": 0.59, "95": 0.8, "99": 0.9}},
         "tags": [{"tag": tag, "count": 40 * int(lift * 10), "lift": lift} for tag, lift in zip(words, lifts, strict=True)],
         "typical": [make_exemplar(generator, images) for _ in range(24)],
         "borderline": borderline,
@@ -122,6 +124,7 @@ def make_data(num_experts=8, num_points=120):
             "quarantine_reasons": {"blank glyph": 12, "truncated file": 3},
             "without_tags": 811,
             "copies_merged": 2_904,
+            "near_duplicates_removed": 77,
             "num_tags": 2000,
             "top_tags": [{"tag": word, "count": 40_000 // (index + 2)} for index, word in enumerate(WORDS)],
             "dropped_tags": 9_204,
@@ -133,6 +136,16 @@ def make_data(num_experts=8, num_points=120):
             "converged": True,
             "reseeded": [{"pass": 2, "expert": 5}],
             "experts": num_experts,
+            "zero_vectors": 6,
+        },
+        "partition": {
+            "looked_at": 200_000,
+            "variation": 0.316,
+            "bordering": 0.4304,
+            "tag_bits": 1.31,
+            "tag_chance_bits": 0.06,
+            "tag_entropy_bits": 6.25,
+            "distances": {"low": 0.2, "high": 1.0, "counts": [9, 400, 90, 1], "quantiles": {"50": 0.55}},
         },
         "parts": [make_part(generator, expert, num_experts, images) for expert in range(num_experts)],
         "curves": curves,
@@ -339,13 +352,14 @@ def test_a_bare_run_renders_without_the_missing_pieces():
     data["metrics"]["systems"] = {name: {"precision@1": {"value": 0.5}} for name in ("trunk", "mixture")}
     data["metrics"]["systems"]["mixture"]["map"] = {"value": None, "reason": "too large to rank"}
     data["metrics"]["differences"] = {}
-    data["router"].update(objective=[], reseeded=[], converged=False)
-    data["dataset"].update(top_tags=[], quarantined=0, quarantine_reasons={})
+    data["router"].update(objective=[], reseeded=[], converged=False, zero_vectors=None)
+    data["partition"].update(variation=None, bordering=None, tag_entropy_bits=0.0, distances=None)
+    data["dataset"].update(top_tags=[], quarantined=0, quarantine_reasons={}, near_duplicates_removed=None)
     for points in data["curves"].values():
         for point in points:
             del point["validation_precision@1"]
     data["parts"][1]["sizes"] = {"train": 0, "validation": 0, "test": 0}
-    data["parts"][1].update(tags=[], typical=[], borderline=[], mean_distance=None)
+    data["parts"][1].update(tags=[], typical=[], borderline=[], mean_distance=None, distances=None)
     provenance.update(commit=None, stages=[], versions={})
     page = Page(render_report(data, provenance))
     assert "No map: too large to rank (mixture)." in page.text
@@ -398,31 +412,56 @@ def test_sizes_are_told_against_an_equal_share():
     ]
 
 
-def test_balance_is_told_against_nearest_centroids_and_the_least_possible():
-    balance = {
+def test_balance_is_told_against_nearest_centroids_and_the_least_possible(full_page):
+    data = make_data(3, 20)
+    data["dataset"]["sizes"]["train"] = 3000
+    data["balance"] = {
         "capacity": 1050,
         "cost": 120.0,
         "unconstrained_cost": 96.0,
         "lower_bound": 119.94,
         "serve_elsewhere": [0, 42, 1008],
     }
-    assert render.describe_balance(balance, 3000) == [
-        ("room in a part", "1,050"),
-        ("trained elsewhere than served", "1,050 training images (35.0 %)"),
-        ("squared distances", "25.0 % above nearest centroids, at most 0.050 % above the least possible"),
-    ]
-    # As many parts as distinct images: every one lies on its centroid.
-    free = {"capacity": 1, "cost": 0.0, "unconstrained_cost": 0.0, "lower_bound": 0.0, "serve_elsewhere": [0]}
-    assert render.describe_balance(free, 1)[-1] == ("trained elsewhere than served", "0 training images (0.0 %)")
-    assert render.describe_balance(None, 3000) == []
-
-
-def test_page_of_balanced_parts_says_who_serves_elsewhere(full_page):
-    balance = {"capacity": 9, "cost": 2.0, "unconstrained_cost": 1.0, "lower_bound": 2.0, "serve_elsewhere": [7, 8]}
-    page = Page(render_report(make_data(2, 20) | {"balance": balance}, make_provenance(2)))
-    assert "trained elsewhere than served" in page.text
-    assert "15 training images (0.0 %)" in page.text
+    text = Page(render_report(data, make_provenance(3))).text.replace("\N{NO-BREAK SPACE}", " ")
+    for said in (
+        "1,050 images, 35.0 %",
+        "as a part takes 1,050 at most",
+        "25.0 %",
+        "and 0.050 % at most more than there must be",
+    ):
+        assert said in text, said
     assert "trained elsewhere" not in Page(full_page).text
+    # As many parts as distinct images: every one lies on its centroid, and nothing can be compared.
+    data["balance"] |= {"cost": 0.0, "unconstrained_cost": 0.0, "lower_bound": 0.0, "serve_elsewhere": [0]}
+    words = [word for word, _, _ in describe_partition(data)]
+    assert "trained elsewhere than served" in words
+    assert "cost of the balance" not in words
+
+
+def test_partition_is_told_with_what_every_number_means():
+    text = Page(render_report(make_data(3, 20), make_provenance(3))).text.replace("\N{NO-BREAK SPACE}", " ")
+    for said in (
+        "0.32",
+        "43.0 %",
+        "1.25 bits, 20.0 %",
+        "features of length zero",
+        "expert 5 in pass 2",
+        "near-duplicates removed",
+    ):
+        assert said in text, said
+    assert "The fit converged after 18 passes." in text
+    unknown = make_data(3, 20)
+    unknown["router"].update(zero_vectors=None, reseeded=[{"pass": 0, "expert": expert} for expert in range(40)])
+    assert describe_partition(unknown)[-1][1].endswith("expert 5 in pass 0 and 34 more")
+    unknown["router"]["reseeded"] = []
+    assert [word for word, _, _ in describe_partition(unknown)] == ["unevenness", "on a border", "tag information"]
+
+
+def test_every_part_shows_its_distances_beside_those_of_all(full_page):
+    page = Page(full_page)
+    assert {f"distances-{expert}" for expert in range(8)} <= {attributes.get("id") for attributes in page.all("svg")}
+    assert len(page.classed("area")) == len(page.classed("outline")) == 8
+    assert "Quantiles: 0.3 (5 %), 0.59 (50 %), 0.8 (95 %), 0.9 (99 %)." in full_page
 
 
 def test_groups_sum_the_experts():

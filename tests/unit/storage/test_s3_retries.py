@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import re
 import socket
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from s3 import Fault, Faults, Store
 
 from hardmoe.errors import StorageError
-from hardmoe.storage import Storage, open_storage, sha256_of
+from hardmoe.storage import Storage, open_storage, s3_silence, sha256_of
 from hardmoe.storage import s3 as s3_module
 
 CONTENT = random.Random(5).randbytes(2_500_000)
@@ -325,6 +326,34 @@ def test_silent_endpoint_is_given_up_after_a_bounded_time(s3_store: Store, monke
         storage = open_storage(f"s3://bucket/run?endpoint={endpoint}")
         with pytest.raises(StorageError, match=rf"^cannot read s3://bucket/run/x: {endpoint} does not answer \(Read timeout"):
             storage.read_bytes("x")
+
+
+def test_silent_endpoint_is_told_once_while_it_is_still_waited_for(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal that said nothing for 66 s was taken for a hang."""
+    monkeypatch.setattr("hardmoe.storage.s3_client.READ_SECONDS", 2.0)
+    monkeypatch.setattr("hardmoe.storage.s3_client.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("hardmoe.storage.s3_silence.SILENT_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        storage = open_storage(f"s3://bucket/run?endpoint={endpoint}")
+        for name in ("x", "y"):
+            with pytest.raises(StorageError, match="does not answer"):
+                storage.read_bytes(name)
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"http.*; hardmoe goes on trying until about \d\d:\d\d:\d\d\n", told)
+    assert told.startswith(f"{endpoint} does not answer yet (to read s3://bucket/run/x); ")
+
+
+def test_nothing_is_said_of_a_store_that_answers_and_nobody_watches_when_nothing_is_asked(
+    s3_store: Store, storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hardmoe.storage.s3_silence.SILENT_SECONDS", 10.0)
+    storage.write_bytes("file", CONTENT)
+    assert storage.read_bytes("file") == CONTENT
+    assert s3_silence._waiting == {}
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

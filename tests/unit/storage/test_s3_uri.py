@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from s3 import Store
+from support import invoke, refusal
 
 from hardmoe.errors import StorageError
-from hardmoe.storage import open_storage
+from hardmoe.storage import open_storage, read_if_there
 from hardmoe.storage.s3_errors import explained
 from hardmoe.storage.s3_uri import parse_s3_uri
 
@@ -189,6 +191,32 @@ def test_refusal_of_the_store_is_one_sentence_with_the_remedy(s3_store: Store, e
         explained("read", "s3://b/x", client),
     ):
         raise error
+
+
+def test_missing_bucket_is_told_from_a_missing_file(s3_store: Store) -> None:
+    """An answer to HEAD is 404 for both: a run in a misspelt bucket was one that had not begun."""
+    absent = open_storage(f"s3://no-such-bucket/run?endpoint={s3_store.proxy.url}")
+    for look in (absent.exists, absent.size, absent.read_bytes, absent.list, partial(read_if_there, absent)):
+        with pytest.raises(StorageError, match=r"^cannot \w+ s3://no-such-bucket/run/x: there is no such bucket; create it, or"):
+            look("x")
+    there = open_storage(s3_store.root())
+    s3_store.proxy.reset()
+    assert not there.exists("x") and not there.exists("y")
+    assert s3_store.proxy.requests == {"HEAD": 3}, "the bucket is asked for once"
+
+
+@pytest.mark.parametrize("command", [["status"], ["show", "dataset"], ["verify"], ["logs"]], ids=lambda command: command[0])
+def test_looking_at_a_run_in_a_bucket_that_is_not_there_or_closed_says_so(
+    s3_store: Store, tmp_path: Path, command: list[str]
+) -> None:
+    absent = f"s3://no-such-bucket/run?endpoint={s3_store.proxy.url}"
+    sentence = refusal(invoke(tmp_path, *command, "--root", absent))
+    assert sentence.startswith("cannot read s3://no-such-bucket/run/recipe.yaml: there is no such bucket; create it, or correct")
+    s3_store.proxy.next("HEAD", "recipe.yaml", "denied")
+    sentence = refusal(invoke(tmp_path, *command, "--root", s3_store.root()))
+    assert sentence.startswith("cannot read s3://bucket-") and "/run/recipe.yaml: access is denied (403); allow these" in sentence
+    sentence = refusal(invoke(tmp_path, *command, "--root", s3_store.root()))
+    assert sentence.startswith("no run was begun in s3://bucket-")
 
 
 def test_endpoint_where_nobody_listens_is_named(s3_store: Store, unused_port: int) -> None:
