@@ -129,6 +129,8 @@ def _checked(
         **(_put_by(row, image_HW3, config, images) if images is not None else _referred(row, config)),
         "hash": None,
         "thumbnail": thumbnail(image_HW3).tobytes() if arguments["near"] else None,
+        "pixels": image_HW3.shape[0] * image_HW3.shape[1],
+        "size": len(row.image),
     }
 
 

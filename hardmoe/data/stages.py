@@ -19,7 +19,7 @@ def dataset_stage(config: DatasetConfig, source_sha256: str) -> Stage:
     return Stage(
         name="dataset",
         kind="dataset",
-        version=4,
+        version=5,
         config={"dataset": config.identity(), "source": {"sha256": source_sha256}},
         operational={"dataset": config.operational_values()},
         work="hardmoe.data.ingest:DatasetWork",
