@@ -71,8 +71,8 @@ class DatasetConfig(Config):
 
     near_duplicates: Literal["auto", "none", "held_out", "all"] = "auto"
     """Which near-duplicates to remove: `held_out`, training images that nearly equal a validation or test image, and validation
-    images that nearly equal a test image; `all`, besides, all but one of every group of training images; `auto` is `none` for
-    icons and else `held_out`."""
+    images that nearly equal a test image; `all`, besides, all but the largest of every group of training images, whose hashtags
+    are its own; `auto` is `none` for icons and else `held_out`."""
 
     near_radius: int = Field(4, ge=0, le=16)
     """Images whose 64-bit perceptual hashes differ in at most so many bits are compared pixel by pixel."""

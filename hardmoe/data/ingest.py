@@ -40,6 +40,7 @@ _AUTO_COPY_BYTES = 64 * 2**30
 _SHARD_BYTES = 256 * 2**20
 """A shard of copies holds about so many bytes of images at most, whatever `shard_rows` says: a unit holds it in memory."""
 _IDS_PER_CHECK = 1 << 22
+_LISTED = "'hardmoe logs dataset' lists them"
 _REASONS = 20
 """At most so many kinds of reasons are told apart in the record; every row's own reason is in the quarantine tables."""
 
@@ -180,7 +181,7 @@ def _check_ingested(stage: Stage, config: DatasetConfig, ingested: Sequence[Comp
     bad = reasons.total()
     examples = "; ".join(f"{reason} ({count})" for reason, count in _commonest(reasons)[:2])
     if not good:
-        found = f"{bad} rows, none with a usable image ({examples})" if bad else "no rows at all"
+        found = f"{bad} rows, none with a usable image ({examples}; {_LISTED})" if bad else "no rows at all"
         raise DataError(
             f"the source '{config.source}' at {_listed(config.path or 'its packaged files')} has {found}; "
             "correct dataset.path and its columns" + (" or dataset.image_root" if "no such file" in reasons else "")
@@ -190,7 +191,7 @@ def _check_ingested(stage: Stage, config: DatasetConfig, ingested: Sequence[Comp
     if bad > config.max_bad_fraction * (good + bad):
         raise DataError(
             f"{bad} of {good + bad} rows cannot be used, more than dataset.max_bad_fraction={config.max_bad_fraction:g} "
-            f"({examples}); correct dataset.path and its columns, or raise max_bad_fraction"
+            f"({examples}; {_LISTED}); correct dataset.path and its columns, or raise max_bad_fraction"
         )
 
 
@@ -203,7 +204,7 @@ def _without_hashtags(config: DatasetConfig, num_images: int, reasons: str) -> s
             f"none of the {num_images} images below {_listed(config.path)} lies in a folder whose name would be its hashtag; "
             "set dataset.tags_path to a table of hashtags"
         )
-    told = f" ({reasons})" if reasons else ""
+    told = f" ({reasons}; {_LISTED})" if reasons else ""
     return (
         f"no row of {config.tags_path} gives any of the {num_images} images below {_listed(config.path)} a hashtag{told}; its "
         "paths must be relative to dataset.path, and dataset.tags_column must name its column of hashtags"

@@ -5,6 +5,7 @@ to one file as they come. So memory does not grow with the size of images or of 
 to sort them, which a 10 GB tar would not survive.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from hardmoe.tables import build_table, ids_to_array, write_table
 
 _HASHED_AT_ONCE = 1024
 _NUMBERS = re.compile(r"\b\d+\b")
+_MOST_LOGGED = 1000
+logger = logging.getLogger("hardmoe")
 
 
 @dataclass
@@ -66,6 +69,7 @@ def ingest_shard(context: UnitContext, config: DatasetConfig) -> Json:
         size = images.size if images is not None else 0
     _write_rows(context, rows)
     if bad:
+        _log(bad)
         name = f"quarantine/part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
         columns = {"source_uri": [row.source_uri for row in bad], "reason": [row.reason for row in bad]}
         write_table(context.output(name), build_table(QUARANTINE, columns))
@@ -77,6 +81,14 @@ def ingest_shard(context: UnitContext, config: DatasetConfig) -> Json:
         "parts": [] if config.part_column is None else distinct_values(rows.columns["part"]),
         "reasons": dict(sorted(Counter(_kind(row.reason) for row in bad).items())),
     }
+
+
+def _log(bad: Sequence[BadExample]) -> None:
+    """Name the bad rows in the unit's log: their tables have no place of their own before the dataset is finished."""
+    for row in bad[:_MOST_LOGGED]:
+        logger.warning("%s: %s", row.source_uri, row.reason)
+    if len(bad) > _MOST_LOGGED:
+        logger.warning("... and %d more", len(bad) - _MOST_LOGGED)
 
 
 def _write_rows(context: UnitContext, rows: _Rows) -> None:
@@ -122,6 +134,8 @@ def _checked(
         **(_put_by(row, image_HW3, config, images) if images is not None else _referred(row, config)),
         "hash": None,
         "thumbnail": thumbnail(image_HW3).tobytes() if arguments["near"] else None,
+        "pixels": image_HW3.shape[0] * image_HW3.shape[1],
+        "size": len(row.image),
     }
 
 

@@ -155,6 +155,7 @@ def _write_signatures(context: UnitContext, rows: Any, merged: Mapping[str, Any]
     first = pa.array(merged["starts"])
     hashes_E = rows.column("hash").take(first).to_numpy()
     save_arrays(context.scratch("hashes"), {"hash": hashes_E, "split": splits_E})
+    save_arrays(context.scratch("sizes"), {name: rows.column(name).take(first).to_numpy() for name in ("pixels", "size")})
     ids = {name: ids_to_array(merged[name]) for name in ("content_id", "example_id")}
     save_arrays(context.scratch("names"), ids)
     with context.scratch("thumbnails") as out:

@@ -67,7 +67,7 @@ def near_phases(
 ) -> Generator[Phase, list[Completion], NearResult]:
     """Search, then decide."""
     places = [
-        {"rows": done.payload["examples"], **{name: done.scratch[name] for name in ("hashes", "names", "thumbnails")}}
+        {"rows": done.payload["examples"], **{name: done.scratch[name] for name in ("hashes", "sizes", "names", "thumbnails")}}
         for done in merged
         if done.payload["examples"]
     ]
@@ -124,6 +124,19 @@ class _Rows:
         for place, within in self._divided(rows_T):
             found.append(load_arrays(self.context.storage, place["names"])[kind][within])
         return np.concatenate(found)
+
+    def preference(self, rows_T: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The place of rows, in ascending order, in the order in which they are to be kept: the most pixels first, then the
+        largest file, then the smallest id; int64 [T]."""
+        pixels, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for place, within in self._divided(rows_T):
+            arrays = load_arrays(self.context.storage, place["sizes"])
+            pixels.append(arrays["pixels"][within])
+            sizes.append(arrays["size"][within])
+        order_T = np.lexsort((-np.concatenate(sizes), -np.concatenate(pixels)))  # stable: equal ones stay in the order of ids
+        places_T = np.empty(len(rows_T), np.int64)
+        places_T[order_T] = np.arange(len(rows_T))
+        return places_T
 
     def thumbnails(self, rows_T: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [T, 1024]; rows in ascending order."""
@@ -188,7 +201,7 @@ def _decide(context: UnitContext) -> Json:
     rows_T, at = np.unique(np.concatenate([first_P, second_P]), return_inverse=True)
     first_P, second_P = at[: len(first_P)], at[len(first_P) :]
     splits_T = rows.splits()[rows_T]
-    decision = decide(first_P, second_P, splits_T, context.unit.arguments["policy"])
+    decision = decide(first_P, second_P, splits_T, rows.preference(rows_T), context.unit.arguments["policy"])
     save_arrays(context.scratch("removed"), {"content_id": rows.ids(rows_T, "content_id")[decision.removed_T]})
     if len(rows_T):
         _write_table(

@@ -48,11 +48,14 @@ INGESTED = pa.schema(
         ("length", pa.int64()),
         ("hash", pa.uint64()),
         ("thumbnail", pa.large_binary()),
+        ("pixels", pa.int64()),
+        ("size", pa.int64()),
     ]
 )
 """Rows of a source that can be used, between the phases of the dataset stage. The bytes lie at `offset` of the source's `file`,
 or of what ingested shard number `shard` put by where `file` is null; `part` is null unless `dataset.part_column` is set, `hash`
-and `thumbnail` are null unless near-duplicates are looked for."""
+and `thumbnail` are null unless near-duplicates are looked for. `pixels` and `size` (in bytes) are those of the image as it came,
+however it is stored."""
 MERGED = pa.schema(
     [
         ("content_id", ID_TYPE),

@@ -28,7 +28,7 @@ def dataset_stage(config: DatasetConfig, source_sha256: str, experts: int | None
     return Stage(
         name="dataset",
         kind="dataset",
-        version=4,
+        version=5,
         config={"dataset": config.identity(), "source": {"sha256": source_sha256}},
         operational={"dataset": config.operational_values(), EXPECTED_PARTS: experts},
         work="hardmoe.data.ingest:DatasetWork",

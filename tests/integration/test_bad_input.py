@@ -193,7 +193,10 @@ def oddities(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
         ("dataset.path=odd/empty.parquet", ("/odd/empty.parquet is not a Parquet file",)),
         ("dataset.path=odd/half.parquet", ("/odd/half.parquet is not a Parquet file",)),
         ("dataset.path=odd/no-rows.parquet", ("have no rows; correct the path",)),
-        ("dataset.path=odd/paths.parquet", ("has 1 rows, none with a usable image (no such file (1))", "correct dataset.path")),
+        (
+            "dataset.path=odd/paths.parquet",
+            ("has 1 rows, none with a usable image (no such file (1); ", "correct dataset.path"),
+        ),
         ("dataset.image_column=img", ("no column 'img', only image, hashtags; set dataset.image_column, perhaps to 'image'",)),
         ("dataset.tags_column=words", ("has no column 'words', only image, hashtags; set dataset.tags_column",)),
         ("dataset.tags_column=image", ("column 'image' is binary, not hashtags", "set dataset.tags_column or convert it")),

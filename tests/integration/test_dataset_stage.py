@@ -174,6 +174,31 @@ def test_near_duplicates_of_held_out_images_are_not_trained_on(tmp_path: Path, s
     assert payload(root)["near_duplicates"]["removed"] == {"train": 60 - train_left, "validation": 0, "test": 0}
 
 
+@pytest.mark.parametrize("settings", [{}, {"store": "reference"}, {"store_size": 40}], ids=["copy", "reference", "scaled"])
+def test_of_training_near_duplicates_the_largest_image_stays_with_its_own_hashtags(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """The smallest id stayed: a thumbnail as likely as the photo that it was made from."""
+    import pyarrow as pa
+
+    rows: list[tuple[bytes, str, str]] = []
+    best = []
+    for seed in range(12):
+        large, small = photograph(seed, 96), photograph(seed, 64)
+        versions = [encoded(large), encoded(large, "JPEG", quality=90), encoded(small), encoded(small, "JPEG", quality=90)]
+        best.append(max(versions[:2], key=len))
+        rows += [(data, f"{seed}-{number}", "train") for number, data in enumerate(versions)]
+    rows += [(encoded(photograph(seed)), "held", "test") for seed in range(100, 106)]
+    (tmp_path / "photos").mkdir()
+    columns = {"image": [r[0] for r in rows], "hashtags": [[r[1], "a"] for r in rows], "part": [r[2] for r in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "photos" / "0.parquet")
+    dataset = {"split_column": "part", "near_duplicates": "all", **settings}
+    root = partition(tmp_path, dataset=dataset, partition={"experts": 2}, hashtags={"min_count": 2})
+    kept = {row["example_id"]: row["tags"] for row in table(root, "dataset/split=train/*.parquet")}
+    tags = {content_id(data): sorted(["a", tag]) for data, tag, _ in rows}
+    assert kept == {content_id(data): tags[content_id(data)] for data in best}
+
+
 def test_images_are_stored_scaled_down_and_named_by_what_they_were(tmp_path: Path) -> None:
     big = [encoded(photograph(seed, 96), "JPEG" if seed % 2 else "PNG") for seed in range(30)]
     small = [encoded(photograph(seed, 40)) for seed in range(100, 110)]

@@ -178,7 +178,11 @@ def test_collection_that_is_mostly_broken_stops_the_run_and_says_what_is_wrong(t
     write_recipe(tmp_path)
     sentence = refusal(invoke(tmp_path, "partition", "--backend", "inline"))
     assert sentence.startswith("41 of 81 rows cannot be used, more than dataset.max_bad_fraction=0.5 (not an image in a known")
-    assert sentence.endswith("(41)); correct dataset.path and its columns, or raise max_bad_fraction")
+    told = "(41); 'hardmoe logs dataset' lists them); correct dataset.path and its columns, or raise max_bad_fraction"
+    assert sentence.endswith(told)
+    # The tables of quarantine lie in no place of their own before the dataset is finished: nobody found them.
+    logs = succeed(tmp_path, "logs", "dataset")
+    assert all(f"0.parquet#row={row}: not an image" in logs for row in range(40, 81)) and "row=39:" not in logs
     assert build_dataset(tmp_path, dataset={"max_bad_fraction": 0.51}).exists()
 
 

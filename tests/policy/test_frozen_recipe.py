@@ -27,7 +27,7 @@ IDENTITY = """
     trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
     partition.experts partition.method partition.slack partition.overlap partition.out_of_part_fraction
-    partition.transform partition.sample_size partition.max_passes partition.tolerance
+    partition.transform partition.sample_size partition.restarts partition.max_share partition.max_passes partition.tolerance
     experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.repeat_threshold
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction

@@ -156,27 +156,31 @@ def test_groups_of_a_long_shuffled_chain_are_one() -> None:
 
 def test_decision_removes_training_rows_like_held_out_ones_and_validation_rows_like_test_ones() -> None:
     splits_T = np.array([TRAIN, TEST, TRAIN, VALIDATION, VALIDATION, TEST, TRAIN, TRAIN])
-    decision = decide(*_pairs((0, 1), (3, 2), (4, 5), (6, 7)), splits_T, "held_out")
+    decision = decide(*_pairs((0, 1), (3, 2), (4, 5), (6, 7)), splits_T, np.arange(8), "held_out")
     assert np.flatnonzero(decision.removed_T).tolist() == [0, 2, 4]
     assert decision.groups_T.tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
 
 
 def test_decision_follows_pairs_and_no_chains() -> None:
     """2 is like 1 and 1 is like the test image 0, but 2 is not: 2 stays."""
-    decision = decide(*_pairs((0, 1), (1, 2)), np.array([TEST, TRAIN, TRAIN]), "held_out")
+    decision = decide(*_pairs((0, 1), (1, 2)), np.array([TEST, TRAIN, TRAIN]), np.arange(3), "held_out")
     assert decision.removed_T.tolist() == [False, True, False]
 
 
 def test_decision_never_removes_a_test_row_and_leaves_pairs_within_a_held_out_split() -> None:
     splits_T = np.array([TEST, TEST, VALIDATION, VALIDATION])
-    assert not decide(*_pairs((0, 1), (2, 3)), splits_T, "all").removed_T.any()
+    assert not decide(*_pairs((0, 1), (2, 3)), splits_T, np.arange(4), "all").removed_T.any()
 
 
-def test_decision_for_all_keeps_the_smallest_row_of_every_group_of_what_is_left() -> None:
-    """Row 1 goes because of the test row, so it no longer links 0 with 2, and both stay; of 4, 5, 6 the smallest stays."""
+@pytest.mark.parametrize(("preference", "removed"), [([0, 1, 2, 3, 4, 5, 6], [1, 5, 6]), ([6, 0, 5, 1, 4, 2, 3], [1, 4, 6])])
+def test_decision_for_all_keeps_the_preferred_row_of_every_group_of_what_is_left(
+    preference: list[int], removed: list[int]
+) -> None:
+    """Row 1 goes because of the test row, so it no longer links 0 with 2, and both stay; of 4, 5, 6 the preferred stays."""
     splits_T = np.array([TRAIN, TRAIN, TRAIN, TEST, TRAIN, TRAIN, TRAIN])
-    decision = decide(*_pairs((0, 1), (1, 2), (1, 3), (6, 5), (4, 6)), splits_T, "all")
-    assert np.flatnonzero(decision.removed_T).tolist() == [1, 5, 6]
+    decision = decide(*_pairs((0, 1), (1, 2), (1, 3), (6, 5), (4, 6)), splits_T, np.array(preference), "all")
+    assert np.flatnonzero(decision.removed_T).tolist() == removed
+    assert decision.groups_T.tolist() == [0, 0, 0, 0, 4, 4, 4], "groups are called by their smallest row, whichever stays"
 
 
 @pytest.mark.parametrize("policy", ["held_out", "all"])
@@ -184,9 +188,21 @@ def test_decision_does_not_depend_on_the_order_of_pairs_or_within_them(policy: s
     rng = np.random.default_rng(0)
     first_P, second_P = rng.integers(0, 500, (2, 400))
     splits_T = rng.choice([TRAIN, VALIDATION, TEST], 500, p=[0.8, 0.1, 0.1])
-    decision = decide(first_P, second_P, splits_T, policy)
+    preference_T = rng.permutation(500)
+    decision = decide(first_P, second_P, splits_T, preference_T, policy)
     order_P, swap_P = rng.permutation(400), rng.random(400) < 0.5
     one_P, other_P = np.where(swap_P, second_P, first_P)[order_P], np.where(swap_P, first_P, second_P)[order_P]
-    again = decide(one_P, other_P, splits_T, policy)
+    again = decide(one_P, other_P, splits_T, preference_T, policy)
     assert np.array_equal(decision.removed_T, again.removed_T) and np.array_equal(decision.groups_T, again.groups_T)
     assert decision.removed_T.any()
+
+
+def test_what_stays_of_random_groups_is_scipys_best_of_each_component() -> None:
+    rng = np.random.default_rng(1)
+    first_P, second_P = rng.integers(0, 500, (2, 300))
+    preference_T = rng.permutation(500)
+    decision = decide(first_P, second_P, np.full(500, TRAIN), preference_T, "all")
+    _, labels = connected_components(coo_matrix((np.ones(300), (first_P, second_P)), (500, 500)), directed=False)
+    best = np.full(500, 500)
+    np.minimum.at(best, labels, preference_T)
+    assert np.array_equal(~decision.removed_T, preference_T == best[labels])

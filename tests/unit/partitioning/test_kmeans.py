@@ -260,6 +260,26 @@ def test_restarts_draw_other_seeds_and_the_best_is_taken():
     assert four <= one
 
 
+@pytest.mark.slow
+def test_forty_million_points_have_their_mean_where_faiss_says_two():
+    """faiss adds and counts in float32. Past 2^24 rows another 1 changes the count no more, past 2^25 a value below 2 the sum
+    hardly any more; 2^25 / 2^24 is 2.0, whatever the points are.
+    """
+    points = np.random.default_rng(0).uniform(0, 2, (40_000_000, 1)).astype(np.float32)
+    truth = points.mean(dtype=np.float64)
+    total = PassSums.zero(2, 1)
+    ids = np.zeros((2**20, 16), np.uint8)
+    centroids = np.array([[1.0], [50.0]], np.float32)
+    for start in range(0, len(points), 2**20):
+        rows = points[start : start + 2**20]
+        total += scan_batch(rows, ids[: len(rows)], centroids, ENGINE)
+    assert total.sums.counts_K.tolist() == [40_000_000, 0]
+    assert abs(update(total, centroids).centroids_KD[0, 0] - truth) < 1e-6
+    theirs = faiss.Kmeans(1, 1, niter=2, max_points_per_centroid=len(points), seed=1)
+    theirs.train(points)
+    assert abs(theirs.centroids[0, 0] - truth) > 0.5
+
+
 def test_partition_config_too_small_a_sample_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match="raise it to 9 or more"):
         PartitionConfig(experts=9, sample_size=8)
