@@ -66,6 +66,8 @@ class Unit:
     arguments: Mapping[str, Json] = field(default_factory=dict)
     cost: float = 1.0
     """Expected work, in any unit; the longest is started first."""
+    can_isolate: bool = False
+    """Whether its code heeds `UnitContext.is_isolated`."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,11 @@ class UnitContext(Context, Protocol):
     @property
     def phase(self) -> str:
         """Name of its phase."""
+        ...
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether workers died of this unit: what may kill a process is to be done in one of its own, if the unit can."""
         ...
 
     @property

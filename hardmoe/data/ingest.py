@@ -123,10 +123,11 @@ def _ingest_phase(config: DatasetConfig, source: Source, store: str) -> Phase:
         "buckets": _num_buckets(len(shards)),
         "near": looks_for_near_duplicates(config),
     }
-    return Phase(
-        "ingest",
-        [Unit(s.name, {"shard": {"name": s.name, "items": s.items}, "index": i, **common}) for i, s in enumerate(shards)],
-    )
+    units = [
+        Unit(shard.name, {"shard": {"name": shard.name, "items": shard.items}, "index": i, **common}, can_isolate=True)
+        for i, shard in enumerate(shards)
+    ]
+    return Phase("ingest", units)
 
 
 def _num_buckets(num_shards: int) -> int:

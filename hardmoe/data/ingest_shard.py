@@ -8,9 +8,10 @@ to sort them, which a 10 GB tar would not survive.
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from hardmoe.data.config import DatasetConfig
 from hardmoe.data.given_parts import distinct_values
 from hardmoe.data.ids import content_id
 from hardmoe.data.images import UndecodableImageError, decode, shrink
+from hardmoe.data.isolation import IsolatedDecoder
 from hardmoe.data.perceptual import THUMBNAIL_PIXELS, perceptual_hashes, thumbnail
 from hardmoe.data.schemas import INGESTED, QUARANTINE, SPLITS
 from hardmoe.data.shuffle import write_buckets
@@ -34,6 +36,7 @@ from hardmoe.tables import build_table, ids_to_array, write_table
 _HASHED_AT_ONCE = 1024
 _NUMBERS = re.compile(r"\b\d+\b")
 _MOST_LOGGED = 1000
+Decoder = Callable[[bytes], NDArray[np.uint8]]
 logger = logging.getLogger("hardmoe")
 
 
@@ -59,8 +62,11 @@ def ingest_shard(context: UnitContext, config: DatasetConfig) -> Json:
     rows, bad = _Rows(), list[BadExample]()
     with ExitStack() as stack:
         images = stack.enter_context(context.scratch("images")) if copying else None
+        decoder: Decoder = partial(decode, max_pixels=config.max_pixels)
+        if context.is_isolated:
+            decoder = stack.enter_context(IsolatedDecoder(config.max_pixels))
         for count, row in enumerate(open_source(config).read(shard)):
-            checked = _checked(row, config, images, arguments)
+            checked = _checked(row, config, decoder, images, arguments)
             if isinstance(checked, BadExample):
                 bad.append(checked)
             else:
@@ -109,7 +115,7 @@ def _hashes(thumbnails: Sequence[bytes]) -> NDArray[np.uint64]:
 
 
 def _checked(
-    row: RawExample | BadExample, config: DatasetConfig, images: OutputFile | None, arguments: Json
+    row: RawExample | BadExample, config: DatasetConfig, decoder: Decoder, images: OutputFile | None, arguments: Json
 ) -> dict[str, Any] | BadExample:
     """The row of `INGESTED`, its image put by; or why there is none."""
     if isinstance(row, BadExample):
@@ -119,7 +125,7 @@ def _checked(
     if row.part is None and config.part_column is not None:
         return BadExample(row.source_uri, f"the source {config.source!r} gives no part")
     try:
-        image_HW3 = decode(row.image, config.max_pixels) if row.pixels is None else row.pixels
+        image_HW3 = decoder(row.image) if row.pixels is None else row.pixels
     except UndecodableImageError as error:
         return BadExample(row.source_uri, str(error))
     return {

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hardmoe.artifacts.lease import Holder, Lease, LeaseObserver
@@ -214,11 +214,19 @@ class Runner:
         self._reporter.advanced(build)
 
     def _lost(self, task: UnitTask, reason: str) -> None:
-        """Give a unit whose worker died another try, unless it keeps dying without getting any further."""
+        """Give a unit whose worker died another try, unless it keeps dying without getting any further.
+
+        A unit that can isolate what kills it is given one more; an image on which a decoder dies is found so.
+        """
         checkpoint = self._reporter.last_checkpoint(task)
         count, at = self._losses.get(_key(task), (0, ""))
         count = 1 if checkpoint != at else count + 1
         self._losses[_key(task)] = (count, checkpoint)
+        if count >= self._options.attempts and task.unit.can_isolate and not task.is_isolated:
+            how = "trying once more, with what may have killed it in a process of its own"
+            self._reporter.say(f"{task.label}: lost its worker ({reason}); {how}")
+            self._enqueue([replace(task, is_isolated=True)])
+            return
         if count >= self._options.attempts:
             times = f"{count} times without a new checkpoint in between, the last time so" if count > 1 else "so"
             self._fail(task.stage.name, Failure(task.label, f"its worker died {times}: {reason}"))

@@ -81,6 +81,8 @@ class UnitTask:
     unit: Unit
     use_gpu: bool = False
     """Whether the backend sets a GPU aside for this unit; filled in by the backend."""
+    is_isolated: bool = False
+    """Whether the unit is to do in a process of its own what may have killed its workers."""
 
     @property
     def paths(self) -> BuildPaths:

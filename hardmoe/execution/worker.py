@@ -52,6 +52,7 @@ class RunningUnit(StageContext):
         self.unit: Unit = task.unit
         self.phase = task.phase
         self.use_gpu = task.use_gpu
+        self.is_isolated = task.is_isolated
         self.checkpoint_prefix = join(task.stage.name, "checkpoints")
         self.attempt = secrets.token_hex(4)
         self._files: list[FileEntry] = []

@@ -42,7 +42,8 @@ class CountingWork:
         config = context.stage.config
         offset = sum(context.input(role).payload["total"] for role in context.stage.inputs)
         shared = context.share("offset.json", json.dumps(offset).encode())
-        units = [Unit(str(n), {"number": n, "shared": shared}, cost=config.get("cost", n)) for n in config["numbers"]]
+        common = {"can_isolate": config.get("can_isolate", False)}
+        units = [Unit(str(n), {"number": n, "shared": shared}, cost=config.get("cost", n), **common) for n in config["numbers"]]
         squares = yield Phase("square", units)
         control.act("between")
         paths = [done.scratch["value"] for done in squares]

@@ -214,6 +214,25 @@ def test_lost_worker_is_replaced_up_to_the_limit_and_then_the_unit_fails(root: P
     assert "count/1: its worker died 3 times without a new checkpoint in between, the last time so: WorkerCrashedError" in told
 
 
+def test_unit_that_can_isolate_what_kills_it_is_given_one_more_try_in_which_it_does(root: Path) -> None:
+    """After three losses, and only then; what is lost even so, is lost for good."""
+    found = []
+    for times in (3, 4):
+        backend = lose(times)
+        run = Run(root / str(times), [counting(can_isolate=True)], RunnerOptions(attempts=3), backend)
+        if times == 3:
+            assert run.run().artifacts["count"].payload == {"total": 14}
+        else:
+            assert "count/1: its worker died 4 times without a new checkpoint in between" in stages_failing(run)
+        assert any(
+            "count/1: lost its worker (WorkerCrashedError: the machine is gone); trying once" in line
+            for line in run.display.lines
+        )
+        found.append([task.is_isolated for task in backend.submitted if task.phase == "square" and task.unit.name == "1"])
+        assert not any(task.is_isolated for task in backend.submitted if task.unit.name != "1")
+    assert found == [[False, False, False, True]] * 2
+
+
 def test_a_single_attempt_means_no_second_one(root: Path) -> None:
     told = stages_failing(Run(root, [counting()], RunnerOptions(attempts=1), lose(1)))
     assert "count/1: its worker died so: WorkerCrashedError" in told
