@@ -1,6 +1,6 @@
 """PNG: small drawings written without Pillow, and files made sound before Pillow sees them.
 
-Checked are the checksums that Pillow skips; dropped is metadata that could cost the picture. Pillow does not check the checksum of the pixel data and stops reading before the one inside them, so 12 % of flipped bits in
+Pillow does not check the checksum of the pixel data and stops reading before the one inside them, so 12 % of flipped bits in
 a small picture with alpha came through as another picture. It checks those of comments, and refuses a picture for a broken
 or an overlong one, which libpng does not. Hence: what the pixels depend on must be sound, and everything else is dropped
 where it is not. Rejected: torchvision's decoder, whose process dies of some of these files.
