@@ -82,7 +82,7 @@ def test_verify_and_show_follow_to_the_other_root(reused: Path, tmp_path: Path) 
     damaged = old / "trunk" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     result = invoke(tmp_path, "verify", "--root", str(new))
-    assert "1 artifacts are damaged" in refusal(result)
+    assert "1 artifact is damaged" in refusal(result)
     (line,) = [line for line in result.stdout.splitlines() if "BAD" in line]
     assert line.startswith(f"trunk: BAD: {damaged} has other content")
 

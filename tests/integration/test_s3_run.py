@@ -137,7 +137,7 @@ def test_damage_in_a_store_is_found_and_named(run: Run, s3_store: Store) -> None
     run.storage.write_bytes(f"decoder/{path}", bytes([whole[0] ^ 1]) + whole[1:])
     try:
         result = invoke(run.directory, "verify", "decoder")
-        assert refusal(result).startswith("1 artifacts are damaged")
+        assert refusal(result).startswith("1 artifact is damaged")
         place = run.storage.where(f"decoder/{path}")
         assert f"decoder: BAD: {place} has other content than its record says (SHA-256 differs)" in result.stdout
     finally:
