@@ -16,7 +16,13 @@ from hardmoe.storage import OutputFile, Storage
 def save_arrays(out: AbstractContextManager[OutputFile], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays into an output; equal arrays give equal bytes."""
     with out as sink:
-        sink.write(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+        sink.write(pack_arrays(arrays))
+
+
+def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The contents of such a file."""
+    packed: bytes = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return packed
 
 
 def load_arrays(storage: Storage, path: str) -> dict[str, NDArray[Any]]:

@@ -76,7 +76,7 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
         trunk_stage(recipe.trunk, recipe.seed),
         _features(recipe, external),
     ]
-    if recipe.partition.method != "random":
+    if recipe.partition.is_routed:
         stages.append(router_stage(recipe.partition, recipe.seed))
     stages.append(partition_stage(recipe.partition, recipe.seed))
     mixture = _mixture(recipe, stages, "partition", "experts", "embeddings", "decoder")

@@ -102,6 +102,13 @@ def print_parts(built: Built) -> None:
     if elsewhere := payload.get("routed_elsewhere"):
         counts = ", ".join(f"{elsewhere[split]} of {sum(payload['sizes'][split])} {split}" for split in SPLITS)
         click.echo(f"\nexamples that the router would send to another part than the one given: {counts}")
+    if balance := payload.get("balance"):
+        elsewhere, examples = sum(balance["serve_elsewhere"]), sum(payload["sizes"]["train"])
+        above = balance["cost"] / balance["lower_bound"] - 1.0 if balance["lower_bound"] else 0.0
+        click.echo(
+            f"\nbalanced to {balance['capacity']} training examples a part, at most {100 * above:.3f} % above the least possible "
+            f"cost; {elsewhere} of {examples} ({_percent(elsewhere / examples)}) serve elsewhere than they trained"
+        )
 
 
 def print_experts(built: Built) -> None:

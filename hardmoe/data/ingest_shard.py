@@ -125,7 +125,7 @@ def _checked(
     if row.part is None and config.part_column is not None:
         return BadExample(row.source_uri, f"the source {config.source!r} gives no part")
     try:
-        image_HW3 = decoder(row.image)
+        image_HW3 = decoder(row.image) if row.pixels is None else row.pixels
     except UndecodableImageError as error:
         return BadExample(row.source_uri, str(error))
     return {

@@ -1,4 +1,4 @@
-"""PNG before Pillow sees it: the checksums that it skips, and no metadata that could cost the picture.
+"""PNG: small drawings written without Pillow, and files made sound before Pillow sees them.
 
 Pillow does not check the checksum of the pixel data and stops reading before the one inside them, so 12 % of flipped bits in
 a small picture with alpha came through as another picture. It checks those of comments, and refuses a picture for a broken
@@ -6,13 +6,33 @@ or an overlong one, which libpng does not. Hence: what the pixels depend on must
 where it is not. Rejected: torchvision's decoder, whose process dies of some of these files.
 """
 
+import struct
 import zlib
 from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hardmoe.data.undecodable import UndecodableImageError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+def write_drawing(image_HW3: NDArray[np.uint8]) -> bytes:
+    """Encode a drawing, uint8 [H, W, 3], as PNG; the same pixels give the same bytes with the same zlib.
+
+    Rows are not filtered, which suits flat colours, and Pillow's way to the same takes three times as long for 32 pixels.
+    """
+    height, width, _ = image_HW3.shape
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)
+    rows[:, 1:] = image_HW3.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows.tobytes())) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def sound_png(data: bytes) -> bytes:

@@ -97,8 +97,9 @@ ASSIGNMENTS = pa.schema(
         ("primary", pa.bool_()),
     ]
 )
-"""`partition/assignments`: which part an example is in; `second` is the nearest other one, -1 (and NaN away) if there is none.
-A row that is not `primary` is of a copy: another expert that trains on the example as well; it has no second."""
+"""`partition/assignments`: which part an example is in; `second` is the nearest other one, -1 (and NaN away) if there is none. A
+given or balanced part may be farther away than the second, which is then where the router would send the example. A row that is
+not `primary` is of a copy: another expert that trains on the example as well; it has no second."""
 EMBEDDINGS = pa.schema([("example_id", ID_TYPE), ("expert", pa.int32()), ("embedding", pa.list_(pa.float16()))])
 """`embeddings/split=…`: the expert's own features, before alignment."""
 

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from hardmoe.config import Config, added
 
+_SLACK = 0.05
+
 
 class PartitionConfig(Config):
     """How the images are divided among the experts."""
@@ -13,9 +15,12 @@ class PartitionConfig(Config):
     experts: int = Field(8, ge=1)
     """Number of experts, hence of parts. 1 makes the mixture the dense baseline."""
 
-    method: Literal["kmeans", "given", "random"] = "kmeans"
-    """`kmeans` over the trunk's features; `given`, by the dataset's own column `dataset.part_column`; or `random`, by the hash
-    of the example id: the control."""
+    method: Literal["kmeans", "balanced", "given", "random"] = "kmeans"
+    """`kmeans` over the trunk's features; `balanced`, the same with training parts of limited size; `given`, by the dataset's own
+    column `dataset.part_column`; or `random`, by the hash of the example id: the control."""
+
+    slack: float = added(_SLACK, ge=0.0)
+    """With `balanced`, a training part has at most 1 + slack times the mean number of examples; with 0, the mean rounded up."""
 
     overlap: float | None = added(None, ge=1.0)
     """A training image whose second nearest centroid is at most so many times as far away as that of its part, such as 1.1,
@@ -42,9 +47,27 @@ class PartitionConfig(Config):
     tolerance: float = Field(1e-4, ge=0.0, lt=1.0)
     """Stop when a pass lowers the sum of squared distances by no more than this share of it. 0 goes on to a standstill."""
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is a router, which knows of any image where it belongs."""
+        return self.method != "random"
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether k-means finds the router's centroids."""
+        return self.method in ("kmeans", "balanced")
+
+    @model_validator(mode="after")
+    def _slack_counts(self) -> Self:
+        if self.method != "balanced" and self.slack != _SLACK:
+            raise ValueError(
+                f"slack {self.slack:g} does nothing with method '{self.method}': set method: balanced, or leave slack out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _enough_to_seed(self) -> Self:
-        if self.method == "kmeans" and self.sample_size < self.experts:
+        if self.is_fitted and self.sample_size < self.experts:
             raise ValueError(
                 f"sample_size {self.sample_size} cannot seed {self.experts} experts: raise it to {self.experts} or more"
             )

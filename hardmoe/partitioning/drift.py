@@ -64,10 +64,17 @@ _Assigned = tuple[NDArray[np.int32], NDArray[np.float32]]
 
 
 def _own(context: UnitContext) -> dict[str, _Assigned]:
-    """Part and distance of this run's examples, as the partition has them."""
-    columns = ["split", "expert", "distance", "primary"]
+    """Part and distance of this run's examples, as the partition has them, but that each is where it would be served.
+
+    A balanced or given part may be farther away than the second, and the other dataset's examples all go to the nearest.
+    """
+    columns = ["split", "primary", "expert", "distance", "second", "second_distance"]
     table = read_table(context.input("partition").storage, context.unit.arguments["path"], ASSIGNMENTS, columns)
-    split_N, part_N, distance_N, primary_N = (table.column(name).to_numpy(zero_copy_only=False) for name in columns)
+    split_N, primary_N, part_N, distance_N, second_N, second_distance_N = (
+        table.column(name).to_numpy(zero_copy_only=False) for name in columns
+    )
+    is_elsewhere_N = second_distance_N < distance_N
+    part_N, distance_N = np.where(is_elsewhere_N, second_N, part_N), np.where(is_elsewhere_N, second_distance_N, distance_N)
     is_train_N, is_primary_N = (split_N == "train").astype(bool), primary_N.astype(bool)
     chosen = {TRAINING: is_train_N & is_primary_N, HELD_OUT: ~is_train_N & is_primary_N}
     return {who: (part_N[rows_N], distance_N[rows_N]) for who, rows_N in chosen.items()}

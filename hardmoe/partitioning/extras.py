@@ -1,10 +1,10 @@
 """Which training examples are trained on by further experts, beside the one of their own part.
 
 Two kinds. `overlap`: those nearly as close to a second centroid as to their own part's, so that nobody sees only one side of a
-border (DiPaCo, arXiv 2403.10616, trains on overlapping shards against too fine a partition). `out_of_part_fraction`: a few of
-all others, as MoDE (arXiv 2404.16030) mixes in 2 %. Both are functions of the example alone, given the sizes of the parts, so
-they depend on no sharding. An extra copy is a copy: the example's own part, in which it is evaluated and embedded, stays the
-only primary one.
+border (DiPaCo, arXiv 2403.10616, trains on overlapping shards against too fine a partition); where a balanced or given part is
+not the nearest one, the nearest is the second, so these always overlap. `out_of_part_fraction`: a few of all others, as MoDE
+(arXiv 2404.16030) mixes in 2 %. Both are functions of the example alone, given the parts and their sizes, so they depend on no
+sharding. An extra copy is a copy: the example's own part, in which it is evaluated and embedded, stays the only primary one.
 
 Of expert e's examples the share f is to be drawn from others. It has m_e: its part and what overlaps with it. Each of the
 N - m_e others is therefore drawn with the chance m_e f / (1 - f) / (N - m_e), by a hash of (seed, e, example id): the number

@@ -6,7 +6,8 @@ own shards; it holds one shard at a time, however large the part is. The parts h
 dataset only refers to them: an expert that read its share through references would read the whole source for it. That every
 example arrives, exactly once, is checked by count and by an order-free checksum of the ids. Rejected: one small file per
 (shard, expert), which is thousands of files where there are many of both, and leaving the examples where they are, which
-makes every expert read everything.
+makes every expert read everything. Where the training parts are to be balanced, `balance_phases` finds out beforehand, before
+anything else, who goes where.
 
 Where experts train on examples of other parts as well (`extras`), these copies go the same way beside, to `extra/expert=…`,
 and only the experts' training reads them. To draw them one must know how large the parts are, so `count` routes the training
@@ -28,6 +29,8 @@ from hardmoe.data.reading import open_examples, read_examples
 from hardmoe.data.schemas import ASSIGNMENTS, EXTRA_FOLDER, SPLITS
 from hardmoe.hashing import hash_ids
 from hardmoe.neighbours.assignment import Assignment, squared_distances
+from hardmoe.partitioning.balance_phases import balance_phases, run_balance
+from hardmoe.partitioning.balance_placement import Balanced, place_shard, summarise
 from hardmoe.partitioning.extras import ExtraCopies, chances_to_be_drawn, extra_copies, overlaps
 from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.given import aligned_parts, read_parts
@@ -49,6 +52,7 @@ class PartitionWork:
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """Assign every shard, then merge every part."""
         config: Json = context.stage.config["partition"]
+        balanced: Balanced | None = None
         features = context.input("features")
         shards = [(split, path) for split in SPLITS for path in features.files(f"split={split}/")]
         prefix = features.path("")
@@ -56,10 +60,14 @@ class PartitionWork:
             Unit(f"{i:05d}", {"path": path.removeprefix(prefix).lstrip("/"), "split": split, "index": i, "of": len(shards)})
             for i, (split, path) in enumerate(shards)
         ]
+        training = [unit for unit in units if unit.arguments["split"] == "train"]
+        if config["method"] == "balanced":
+            balanced = yield from balance_phases(context, load_router(context.input("router")), training)
+            units = [_told(unit, plan=balanced.path) for unit in units]
+            training = [_told(unit, plan=balanced.path) for unit in training]
         if "out_of_part_fraction" in config:
-            counted = yield Phase("count", [unit for unit in units if unit.arguments["split"] == "train"])
-            told = {"chances": _chances(config, counted)}
-            units = [Unit(unit.name, {**unit.arguments, **told}) for unit in units]
+            counted = yield Phase("count", training)
+            units = [_told(unit, chances=_chances(config, counted)) for unit in units]
         assigned = yield Phase("assign", units)
         merges = [_merge_unit(split, expert, units, assigned) for split in SPLITS for expert in range(config["experts"])]
         merges = [unit for unit in merges if unit.arguments["rows"]]
@@ -69,10 +77,16 @@ class PartitionWork:
         where = context.storage.where(context.stage.name)
         check_complete(where, [done.payload for done in assigned], merged[: len(merges)])
         check_complete(where, _extra_payloads(assigned), merged[len(merges) :])
-        return Finished(_summary(config, units, assigned))
+        summary = _summary(config, units, assigned)
+        if balanced is not None:
+            tallies = [done.payload["balance"] for done in assigned if "balance" in done.payload]
+            summary["balance"] = summarise(balanced, tallies, summary["sizes"]["train"])
+        return Finished(summary)
 
     def run(self, context: UnitContext) -> Json:
         """One feature shard, or one part of one split."""
+        if context.phase.startswith("balance"):
+            return run_balance(context, load_router(context.input("router")))
         if context.phase == "count":
             return _count(context)
         return _assign(context) if context.phase == "assign" else merge(context)
@@ -82,6 +96,11 @@ def load_router(router: InputArtifact) -> Router:
     """The fitted router."""
     names = (CENTROIDS_FILE, TRANSFORM_FILE, DESCRIPTION_FILE)
     return Router.from_files({name: router.storage.read_bytes(router.path(name)) for name in names})
+
+
+def _told(unit: Unit, **arguments: Json) -> Unit:
+    """The unit, which is told something more."""
+    return Unit(unit.name, {**unit.arguments, **arguments})
 
 
 def _chances(config: Json, counted: Sequence[Completion]) -> list[float]:
@@ -137,7 +156,8 @@ class _Routed:
         router: None for a random partition.
         assignment: `primary_N` is the own part, `second_N` the nearest other one (-1: none).
         second_squared_distance_N: to that one's centroid, float64 [N]; NaN where there is none.
-        elsewhere: examples that the router alone would send elsewhere.
+        elsewhere: examples of given parts that the router would send elsewhere.
+        balance: of a balanced training shard, what `balance_placement.summarise` wants to know.
     """
 
     ids_N16: NDArray[np.uint8]
@@ -146,6 +166,7 @@ class _Routed:
     assignment: Assignment
     second_squared_distance_N: NDArray[np.float64]
     elsewhere: int = 0
+    balance: Json | None = None
 
     def overlaps(self, ratio: float | None) -> NDArray[np.bool_]:
         """Which examples train in the second nearest part as well, bool [N]."""
@@ -187,7 +208,9 @@ def _route(context: UnitContext) -> _Routed:
         np.concatenate([a.squared_distance_N for a in found]),
     )
     features_ND = router.transform(np.concatenate([features for _, features in pieces]))
-    elsewhere = 0
+    elsewhere, tally = 0, None
+    if settings["method"] == "balanced" and context.unit.arguments["split"] == "train":
+        assignment, tally = place_shard(context, router, (ids_N16, features_ND), assignment)
     if settings["method"] == "given":
         parts_N = aligned_parts(path, ids_N16, *read_parts(context.input("dataset"), path))
         elsewhere = int(np.count_nonzero(parts_N != assignment.primary_N))
@@ -195,7 +218,7 @@ def _route(context: UnitContext) -> _Routed:
     second_N = np.full(len(ids_N16), np.nan)
     if router.num_experts > 1:
         second_N = squared_distances(features_ND, router.centroids_KD, np.arange(len(ids_N16)), assignment.second_N)
-    return _Routed(ids_N16, features_ND, router, assignment, second_N, elsewhere)
+    return _Routed(ids_N16, features_ND, router, assignment, second_N, elsewhere, tally)
 
 
 def _sent_to(parts_N: NDArray[np.int32], nearest: Assignment, features_ND: NDArray[np.float32], router: Router) -> Assignment:
@@ -235,8 +258,12 @@ def _assign(context: UnitContext) -> Json:
     primary_N, distance_N = memberships[_PRIMARY].experts_P, memberships[_PRIMARY].distance_P
     fixed_N = np.rint(distance_N.astype(np.float64) * _DISTANCE_UNIT).astype(np.int64)
     totals = [int(fixed_N[primary_N == expert].sum()) for expert in range(experts)]
-    extra = {_EXTRA: {**told[_EXTRA], **kinds}} if _EXTRA in told else {}
-    return {**told[_PRIMARY], "distance_units": totals, "elsewhere": routed.elsewhere, **extra}
+    payload = {**told[_PRIMARY], "distance_units": totals, "elsewhere": routed.elsewhere}
+    if routed.balance is not None:
+        payload["balance"] = routed.balance
+    if _EXTRA in told:
+        payload[_EXTRA] = {**told[_EXTRA], **kinds}
+    return payload
 
 
 def _write_assignments(context: UnitContext, routed: _Routed, memberships: Mapping[str, Membership]) -> None:

@@ -5,10 +5,13 @@ from hardmoe.stage import Stage
 
 _EXTRA_COPIES = ("overlap", "out_of_part_fraction")
 """Keys that come into play once every example has its part."""
+_AFTER_THE_FIT = ("slack", *_EXTRA_COPIES)
+"""Keys that no centroid depends on."""
 
 
 def router_stage(config: PartitionConfig, seed: int) -> Stage:
-    """Feature transform and centroids, fitted on all training features; of given parts, their means."""
+    """Feature transform and centroids, fitted on all training features, the same for `kmeans` and `balanced`; or, of given parts,
+    their means."""
     if config.method == "given":
         return Stage(
             name="router",
@@ -18,11 +21,12 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
             inputs={"dataset": "dataset", "features": "features"},
             work="hardmoe.partitioning.given:GivenRouterWork",
         )
+    fitted = {name: value for name, value in config.identity().items() if name not in _AFTER_THE_FIT}
     return Stage(
         name="router",
         kind="router",
         version=3,
-        config={"partition": {k: v for k, v in config.identity().items() if k not in _EXTRA_COPIES}, "seed": seed},
+        config={"partition": {**fitted, "method": "kmeans"}, "seed": seed},
         inputs={"features": "features"},
         work="hardmoe.partitioning.fit:RouterWork",
     )
@@ -30,13 +34,14 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
 
 def partition_stage(config: PartitionConfig, seed: int, name: str = "partition") -> Stage:
     """The dataset regrouped by expert."""
-    routed = {} if config.method == "random" else {"router": "router"}
+    routed = {"router": "router"} if config.is_routed else {}
+    balanced = {"slack": config.slack} if config.method == "balanced" else {}
     extra = {name: value for name, value in config.identity().items() if name in _EXTRA_COPIES}
     return Stage(
         name=name,
         kind="partition",
         version=2,
-        config={"partition": {"experts": config.experts, "method": config.method, **extra}, "seed": seed},
+        config={"partition": {"experts": config.experts, "method": config.method, **balanced, **extra}, "seed": seed},
         inputs={"dataset": "dataset", "features": "features", **routed},
         work="hardmoe.partitioning.regroup:PartitionWork",
     )

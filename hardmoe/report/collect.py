@@ -24,6 +24,7 @@ from hardmoe.data.schemas import ASSIGNMENTS, SPLITS
 from hardmoe.hashing import hash_fractions
 from hardmoe.report.distances import bordering_share, count_distances, count_part_distances
 from hardmoe.report.schema import (
+    Balance,
     CurvePoint,
     DatasetFacts,
     Distances,
@@ -71,7 +72,7 @@ def collect(context: Context) -> ReportData:
     """Everything on the page that the run's artifacts decide."""
     sample = _load_sample(context)
     partition = _partition_facts(context, sample)
-    return {
+    data: ReportData = {
         "recipe": dict(context.stage.config["recipe"]),
         "dataset": _dataset_facts(context),
         "metrics": _metrics(context),
@@ -81,6 +82,9 @@ def collect(context: Context) -> ReportData:
         "curves": _curves(context),
         "networks": _networks(context),
     }
+    if balance := context.input("partition").payload.get("balance"):
+        data["balance"] = {name: balance[name] for name in Balance.__annotations__}  # type: ignore[typeddict-item]
+    return data
 
 
 def _dataset_facts(context: Context) -> DatasetFacts:
@@ -244,7 +248,8 @@ def _choose(sample: _Sample, in_part_N: NDArray[np.bool_]) -> tuple[list[int], l
     by_id = rows[np.argsort(sortable(sample.ids_N16[rows]))]  # ties are broken by id, so the page does not depend on the sharding
     typical = by_id[np.argsort(sample.distance_N[by_id], kind="stable")][:NUM_TYPICAL]
     bordering = by_id[sample.second_N[by_id] >= 0]
-    gap = sample.second_distance_N[bordering] - sample.distance_N[bordering]
+    # Of balanced parts some images are nearer to another centroid, and those that are so by far lie on no border.
+    gap = np.abs(sample.second_distance_N[bordering] - sample.distance_N[bordering])
     return typical.tolist(), bordering[np.argsort(gap, kind="stable")][:NUM_BORDERLINE].tolist()
 
 

@@ -10,7 +10,8 @@ from hardmoe.report.schema import Distances, PartDistances
 
 NUM_BINS = 32
 BORDER = 1.1
-"""An image lies on a border if its second nearest centroid is at most so many times as far away as the nearest."""
+"""An image lies on a border if its second nearest centroid is at most so many times as far away as the nearest. Either may be its
+own part's: a balanced or given part need not be the nearest."""
 _QUANTILES = (5, 50, 95, 99)
 
 
@@ -34,7 +35,8 @@ def bordering_share(distance_N: NDArray[np.float32], second_distance_N: NDArray[
     known_N = np.isfinite(second_distance_N)
     if not known_N.any():
         return None
-    on_border_N = second_distance_N[known_N].astype(np.float64) <= BORDER * distance_N[known_N].astype(np.float64)
+    own_N, other_N = distance_N[known_N].astype(np.float64), second_distance_N[known_N].astype(np.float64)
+    on_border_N = np.maximum(own_N, other_N) <= BORDER * np.minimum(own_N, other_N)
     return float(on_border_N.mean())
 
 

@@ -5,7 +5,7 @@ from markupsafe import Markup
 from hardmoe.report import charts
 from hardmoe.report.charts import Captions, Series
 from hardmoe.report.formats import format_count, format_percent
-from hardmoe.report.schema import Distances, Part, ReportData
+from hardmoe.report.schema import Balance, Distances, Part, ReportData
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _NUM_EVENTS = 6
@@ -26,6 +26,8 @@ def describe_partition(data: ReportData) -> list[tuple[str, str, str]]:
             "what the part says about a hashtag, less what parts dealt out by lot say; and its share of all there is to know"
         )
         facts.append(("tag information", f"{net:.2f}{_SPACE}bits, {share}{_SPACE}%".replace("-", "−"), meaning))
+    if "balance" in data:
+        facts += _describe_balance(data["balance"], data["dataset"]["sizes"]["train"])
     if router["zero_vectors"] is not None:
         meaning = "training images whose features are all zero, which no direction can tell apart"
         facts.append(("features of length zero", format_count(router["zero_vectors"]), meaning))
@@ -39,6 +41,19 @@ def describe_partition(data: ReportData) -> list[tuple[str, str, str]]:
                 "given a new centroid where images lay farthest from theirs",
             )
         )
+    return facts
+
+
+def _describe_balance(balance: Balance, num_images: int) -> list[tuple[str, str, str]]:
+    """What limiting the size of the parts cost."""
+    elsewhere, least, bound = sum(balance["serve_elsewhere"]), balance["unconstrained_cost"], balance["lower_bound"]
+    share = format_percent(elsewhere / max(1, num_images))
+    meaning = f"training images that another expert would serve, as a part takes {format_count(balance['capacity'])} at most"
+    facts = [("trained elsewhere than served", f"{format_count(elsewhere)} images, {share}{_SPACE}%", meaning)]
+    if least > 0.0:
+        above, proved = format_percent(balance["cost"] / least - 1.0), format_percent(balance["cost"] / bound - 1.0, 3)
+        meaning = f"more squared distance than to the nearest centroids, and {proved}{_SPACE}% at most more than there must be"
+        facts.append(("cost of the balance", f"{above}{_SPACE}%", meaning))
     return facts
 
 

@@ -107,6 +107,19 @@ class PartitionFacts(TypedDict):
     distances: Distances | None
 
 
+class Balance(TypedDict):
+    """How parts of limited size were filled: costs are sums of squared distances, `lower_bound` is below any that is possible.
+
+    `serve_elsewhere` counts, by part, the training images that are nearer to another part's centroid, where they would be served.
+    """
+
+    capacity: int
+    cost: float
+    unconstrained_cost: float
+    lower_bound: float
+    serve_elsewhere: list[int]
+
+
 class Exemplar(TypedDict):
     """One image of a part; borderline ones also name the `second` nearest expert and the `ratio` of the two distances."""
 
@@ -165,6 +178,7 @@ class ReportData(TypedDict):
     metrics: Metrics
     router: RouterFit
     partition: PartitionFacts
+    balance: NotRequired[Balance]
     parts: list[Part]
     curves: dict[str, list[CurvePoint]]
     networks: list[Network]

@@ -245,3 +245,40 @@ def test_random_partition_draws_from_other_parts_without_a_distance(root: Path, 
     assert told["extra"]["overlap"] == [0, 0, 0]
     for size, extra in zip(told["sizes"]["train"], told["extra"]["out_of_part"], strict=True):
         assert abs(extra / (size + extra) - 0.2) < 0.1
+
+
+def test_copies_beside_balanced_parts_go_by_the_parts_that_the_balance_made(
+    root: Path, distances: dict[bytes, np.ndarray], training: list[bytes], tmp_path: Path, photos: Path
+) -> None:
+    """An image that had no room in its nearest part trains that one's expert as well, and the lots go by the balanced sizes."""
+    tops = []
+    for name, extra in (("plain", {}), ("copies", SETTINGS)):
+        (tmp_path / name).mkdir()
+        settings = {"method": "balanced", "slack": 0.02, **extra}
+        tops.append(build(tmp_path / name, root, photos, "partition", partition=settings))
+    plain, top = tops
+    own_rows = [row for row in rows(top, "partition/assignments/*.parquet") if row["primary"]]
+    assert own_rows == rows(plain, "partition/assignments/*.parquet")
+    own = {row["example_id"]: row["expert"] for row in own_rows if row["split"] == "train"}
+    moved = {(key, int(np.argmin(distances[key]))) for key in training if own[key] != np.argmin(distances[key])}
+    other = {key: min(set(range(EXPERTS)) - {own[key]}, key=lambda expert: distances[key][expert]) for key in training}
+    ratios = {key: distances[key][other[key]] / distances[key][own[key]] for key in training}
+    assert min(abs(ratio - RATIO) for ratio in ratios.values()) > 1e-6, "a near-tie would make this comparison unfair"
+    border = {(key, other[key]) for key in training if ratios[key] <= RATIO}
+    assert moved
+    assert moved < border
+    ids_N16 = np.frombuffer(b"".join(training), np.uint8).reshape(-1, 16)
+    drawn = set()
+    for expert in range(EXPERTS):
+        members = {key for key in training if own[key] == expert} | {key for key, of in border if of == expert}
+        chance = FRACTION / (1 - FRACTION) * len(members) / (len(training) - len(members))
+        lots = hash_fractions(ids_N16, 0, "out-of-part", expert)
+        drawn |= {(key, expert) for key, lot in zip(training, lots, strict=True) if lot < chance and key not in members}
+    pairs = extra_pairs(top)
+    assert pairs.keys() == border | drawn
+    assert all(pairs[key, of] == pytest.approx(distances[key][of], rel=1e-6) for key, of in pairs)
+    told, before = payload(top, "partition"), payload(plain, "partition")
+    assert {key: told[key] for key in before} == before
+    assert max(told["sizes"]["train"]) == told["balance"]["capacity"] < max(payload(root, "partition")["sizes"]["train"])
+    for kind, expected in (("overlap", border), ("out_of_part", drawn)):
+        assert told["extra"][kind] == [sum(of == expert for _, of in expected) for expert in range(EXPERTS)]

@@ -16,7 +16,7 @@ from support import copied_run, invoke, records, refusal, snapshot, write_recipe
 from hardmoe.arrays import load_arrays
 from hardmoe.hashing import derive_seed, hash_fractions
 from hardmoe.partitioning import sweep as sweep_module
-from hardmoe.partitioning.kmeans import fit
+from hardmoe.partitioning.kmeans import FitOptions, fit
 from hardmoe.storage import open_storage
 
 KEPT = ("dataset", "vocabulary", "trunk", "features")
@@ -83,7 +83,7 @@ def test_every_measure_equals_what_scikit_learn_and_numpy_say(swept: Path, told:
     for row, number in zip(told["sweep"], COUNTS, strict=True):
         parts = []
         for index, seed in enumerate([0, derive_seed(0, "sweep", 1), derive_seed(0, "sweep", 2)]):
-            centroids = fit(unit, ids, number, seed, max_passes=5).centroids_KD.astype(np.float64)
+            centroids = fit(unit, ids, number, seed, FitOptions(max_passes=5)).centroids_KD.astype(np.float64)
             squared = np.square(unit[:, None] - centroids[None]).sum(axis=2)
             parts.append(squared.argmin(axis=1))
             sizes = np.bincount(parts[-1], minlength=number)
@@ -105,7 +105,7 @@ def test_every_measure_equals_what_scikit_learn_and_numpy_say(swept: Path, told:
 def test_hashtags_of_a_part_are_those_it_has_more_of_than_its_share(swept: Path, told: dict[str, Any]) -> None:
     names = pq.read_table(root_of(swept) / "vocabulary" / "tags.parquet").column("tag").to_pylist()
     ids, unit, tags = training(root_of(swept))
-    centroids = fit(unit, ids, 3, 0, max_passes=5).centroids_KD.astype(np.float64)
+    centroids = fit(unit, ids, 3, 0, FitOptions(max_passes=5)).centroids_KD.astype(np.float64)
     part = np.square(unit[:, None] - centroids[None]).sum(axis=2).argmin(axis=1)
     joint = np.zeros((len(names), 3))
     for row, k in zip(tags, part, strict=True):

@@ -36,6 +36,19 @@ def test_stages_come_after_their_inputs_with_and_without_external_features() -> 
             seen.add(name)
 
 
+def test_balanced_parts_take_the_router_of_k_means_whatever_their_slack() -> None:
+    """So that a run with balanced parts can take over the router of one without."""
+    plain = stages_of(partition={"experts": 4})
+    for slack in (0.0, 0.05, 0.3):
+        balanced = stages_of(partition={"experts": 4, "method": "balanced", "slack": slack})
+        assert balanced["router"] == plain["router"]
+        assert balanced["partition"].inputs == plain["partition"].inputs
+        assert balanced["partition"].config["partition"] == {"experts": 4, "method": "balanced", "slack": slack}
+    assert plain["partition"].config["partition"] == {"experts": 4, "method": "kmeans"}
+    assert plain["router"].config["partition"]["method"] == "kmeans"
+    assert plain["router"] != stages_of(partition={"experts": 4, "tolerance": 0.1})["router"]
+
+
 def test_external_features_stand_on_the_dataset_alone_and_are_known_by_content() -> None:
     first = stages_of(ExternalInputs("", features_sha256="1" * 64), features={"path": "here/f.parquet"})["features"]
     moved = stages_of(ExternalInputs("", features_sha256="1" * 64), features={"path": "there/f.parquet"})["features"]
@@ -89,7 +102,7 @@ def test_random_control_draws_from_other_parts_too() -> None:
 
 def test_own_features_have_an_identity_without_files_and_threads() -> None:
     stage = stages_of(features={"num_threads": 3})["features"]
-    assert (stage.kind, stage.version, stage.config) == ("features", 2, {})
+    assert (stage.kind, stage.version, stage.config) == ("features", 3, {})
     assert stage.inputs == {"dataset": "dataset", "trunk": "trunk"}
     assert stage.resources.num_cpus == 3
 

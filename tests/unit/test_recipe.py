@@ -46,7 +46,7 @@ def refusal(path: Path, *overrides: str) -> str:
         ("partition: {experts: true}", "partition.experts must be a whole number, not true"),
         ("partition: {experts: 2.5}", "partition.experts must be a whole number, not 2.5"),
         ("partition: {experts: 0}", "partition.experts must be at least 1, not 0"),
-        ("partition: {method: magic}", "partition.method must be 'kmeans', 'given' or 'random', not 'magic'"),
+        ("partition: {method: magic}", "partition.method must be 'kmeans', 'balanced', 'given' or 'random', not 'magic'"),
         ("partition: {overlap: 0.9}", "partition.overlap must be at least 1, not 0.9"),
         ("partition: {out_of_part_fraction: 1}", "partition.out_of_part_fraction must be less than 1, not 1"),
         (
@@ -61,6 +61,16 @@ def refusal(path: Path, *overrides: str) -> str:
         (
             "partition: {method: given}",
             "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans",
+        ),
+        ("partition: {method: balanced, slack: -0.1}", "partition.slack must be at least 0, not -0.1"),
+        ("partition: {method: balanced, slack: .inf}", "partition.slack must be a finite number, not .inf"),
+        (
+            "partition: {slack: 0.1}",
+            "partition: slack 0.1 does nothing with method 'kmeans': set method: balanced, or leave slack out",
+        ),
+        (
+            "partition: {method: balanced, experts: 9, sample_size: 8}",
+            "sample_size 8 cannot seed 9 experts: raise it to 9 or more",
         ),
         ("dataset: {path: 5}", "dataset.path must be text or a list, as in [a, b]"),
         ("trunk: {learning_rate: .nan}", "trunk.learning_rate must be "),

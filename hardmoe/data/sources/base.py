@@ -7,8 +7,11 @@ Rejected: one iterator over everything, which can be neither divided nor resumed
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
@@ -72,6 +75,8 @@ class RawExample:
     """Where `fetch` finds these bytes again; None if the source cannot say."""
     part: str | None = None
     """The part of the partition, where `dataset.part_column` says so: a name, or a number's digits."""
+    pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+    """Of a source that draws its images: what `image` decodes to, uint8 [H, W, 3], which then need not be decoded."""
 
 
 @dataclass(frozen=True)

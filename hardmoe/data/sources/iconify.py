@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardmoe.data.config import DatasetConfig
-from hardmoe.data.images import encode_png
+from hardmoe.data.png import write_drawing
 from hardmoe.data.sources.base import BadExample, RawExample, SourceFile, SourceShard
 from hardmoe.data.sources.fields import printable
 from hardmoe.data.sources.icons import tags_of
@@ -106,7 +106,7 @@ class IconifySource:
             except UndrawableSvgError as error:
                 yield BadExample(uri, str(error))
             else:
-                yield RawExample(encode_png(image_SS3), icons.tags(name), uri, license=icons.license)
+                yield RawExample(write_drawing(image_SS3), icons.tags(name), uri, license=icons.license, pixels=image_SS3)
 
 
 class _Set:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hardmoe.data.config import DatasetConfig
-from hardmoe.data.images import encode_png
+from hardmoe.data.png import write_drawing
 from hardmoe.data.sources.base import BadExample, RawExample, SourceFile, SourceShard
 from hardmoe.errors import DataError
 
@@ -109,7 +109,7 @@ def _draw(ink: Image.Image, size: int) -> bytes:
     icon = Image.new("L", (size, size), 0)
     icon.paste(ink.resize((width, height), Image.Resampling.BOX), ((size - width) // 2, (size - height) // 2))
     grey_HW = 255 - np.asarray(icon)
-    return encode_png(np.repeat(grey_HW[:, :, None], 3, axis=2))
+    return write_drawing(np.repeat(grey_HW[:, :, None], 3, axis=2))
 
 
 class IconsSource:

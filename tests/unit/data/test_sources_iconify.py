@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hardmoe.data.config import DatasetConfig
+from hardmoe.data.images import decode
 from hardmoe.data.sources.base import BadExample, RawExample
 from hardmoe.data.sources.iconify import IconifySource
 from hardmoe.errors import DataError
@@ -308,3 +309,14 @@ def test_file_that_is_no_set_is_refused(tmp_path: Path, text: str, sentence: str
     source = source_of(folder)
     with pytest.raises(DataError, match=sentence):
         list(source.read(source.shards()[0]))
+
+
+def test_the_pixels_that_come_along_are_those_of_the_file(tmp_path: Path) -> None:
+    """The dataset stage takes them for what the file decodes to; turned and mirrored ones are no views by then."""
+    icons = {"a": {"body": LEFT_HALF}, "b": {"body": TOP_LEFT}}
+    aliases = {"c": {"parent": "b", "hFlip": True}, "d": {"parent": "b", "rotate": 1}}
+    write_package(tmp_path, {"s": {"prefix": "s", "icons": icons, "aliases": aliases}})
+    rows = [row for row in rows_of(source_of(tmp_path)).values() if isinstance(row, RawExample)]
+    assert len(rows) == 4
+    for row in rows:
+        np.testing.assert_array_equal(row.pixels, decode(row.image, 10**6))

@@ -35,3 +35,5 @@ def test_border_is_a_second_centroid_at_most_a_tenth_farther_away():
     distance = np.array([1.0, 1.0, 1.0, 0.0], np.float32)
     assert bordering_share(distance, np.array([1.09, 1.11, 3.0, 0.0], np.float32)) == 0.5
     assert bordering_share(distance, np.full(4, np.nan, np.float32)) is None
+    # Balanced parts: the second may be the nearer one.
+    assert bordering_share(distance, np.array([0.95, 0.85, 3.0, 0.0], np.float32)) == 0.5

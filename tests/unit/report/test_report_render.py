@@ -429,6 +429,32 @@ def test_sizes_are_told_against_an_equal_share():
     ]
 
 
+def test_balance_is_told_against_nearest_centroids_and_the_least_possible(full_page):
+    data = make_data(3, 20)
+    data["dataset"]["sizes"]["train"] = 3000
+    data["balance"] = {
+        "capacity": 1050,
+        "cost": 120.0,
+        "unconstrained_cost": 96.0,
+        "lower_bound": 119.94,
+        "serve_elsewhere": [0, 42, 1008],
+    }
+    text = Page(render_report(data, make_provenance(3))).text.replace("\N{NO-BREAK SPACE}", " ")
+    for said in (
+        "1,050 images, 35.0 %",
+        "as a part takes 1,050 at most",
+        "25.0 %",
+        "and 0.050 % at most more than there must be",
+    ):
+        assert said in text, said
+    assert "trained elsewhere" not in Page(full_page).text
+    # As many parts as distinct images: every one lies on its centroid, and nothing can be compared.
+    data["balance"] |= {"cost": 0.0, "unconstrained_cost": 0.0, "lower_bound": 0.0, "serve_elsewhere": [0]}
+    words = [word for word, _, _ in describe_partition(data)]
+    assert "trained elsewhere than served" in words
+    assert "cost of the balance" not in words
+
+
 def test_partition_is_told_with_what_every_number_means():
     text = Page(render_report(make_data(3, 20), make_provenance(3))).text.replace("\N{NO-BREAK SPACE}", " ")
     for said in (
