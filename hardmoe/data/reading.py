@@ -19,6 +19,7 @@ from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.ids import content_id, sortable
 from hardmoe.data.label_ranges import tables_that_may_hold
+from hardmoe.data.ragged import offsets_of, take_rows
 from hardmoe.data.schemas import EXAMPLES, EXTRA_FOLDER, LABELS, REFERENCES, TAGS
 from hardmoe.data.sources.base import Location, ReferableSource
 from hardmoe.data.sources.registry import open_source
@@ -218,9 +219,5 @@ def _in_order(
     """Bring rows that were found in the tables' order into the order asked for."""
     if not count:
         return Labels(np.zeros(0, np.int32), np.zeros(1, np.int64))
-    positions, flat, sizes = np.concatenate(found), np.concatenate(values), np.concatenate(lengths)
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)[:-1]])
-    order = np.argsort(positions)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[order], dtype=np.int64)])
-    source = np.repeat(starts[order] - offsets[:-1], sizes[order]) + np.arange(offsets[-1])
-    return Labels(flat[source], offsets)
+    order = np.argsort(np.concatenate(found))
+    return Labels(*take_rows(np.concatenate(values), offsets_of(np.concatenate(lengths)), order))
