@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.given_parts import MOST_PARTS, check_parts, collect_parts, distinct_values, numbers_by_value
@@ -52,8 +53,12 @@ def test_value_that_can_be_no_part_is_a_reason_to_quarantine_its_row(value: Any,
 
 def test_row_of_a_source_that_knows_of_no_parts_is_quarantined_and_not_put_anywhere() -> None:
     """A plug-in may ignore the key, as it ignores others that it has no use for."""
+
+    def undecoded(data: bytes) -> NDArray[np.uint8]:
+        raise AssertionError("there was no need to decode it")
+
     config = DatasetConfig(source="somebody-elses", part_column="cluster")
-    found = _checked(RawExample(b"x", ("a",), "row 1"), config, None, {"near": False, "index": 0})
+    found = _checked(RawExample(b"x", ("a",), "row 1"), config, undecoded, None, {"near": False, "index": 0})
     assert found == BadExample("row 1", "the source 'somebody-elses' gives no part")
 
 
