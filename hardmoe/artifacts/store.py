@@ -7,7 +7,7 @@ from functools import cached_property
 from hardmoe.artifacts.record import PROVENANCE_NAME, RECORD_NAME, InputReference, Record, parse_record
 from hardmoe.config import Json
 from hardmoe.errors import MissingRecordError, StorageError
-from hardmoe.storage import Storage, check_entry, join, open_storage, read_if_there
+from hardmoe.storage import Storage, check_content, check_size, join, open_storage, read_if_there
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ class Artifact:
         return InputReference(artifact=self.name, fingerprint=self.record.fingerprint, record=self.record_digest)
 
     def verify(self) -> int:
-        """Hash every file again; returns their number.
+        """Hash every file again; returns their number. One listing tells their sizes, so a store is asked once for each.
 
         Raises:
             CorruptFileError: the first file that is missing or altered.
         """
+        sizes = {entry.path: entry.size for entry in self.storage.entries(self.path(""))}
         for entry in self.record.files:
-            check_entry(self.storage, self.path(entry.path), entry.size, entry.sha256)
+            check_size(self.storage, self.path(entry.path), entry.size, sizes.get(entry.path))
+            check_content(self.storage, self.path(entry.path), entry.sha256)
         return len(self.record.files)
 
 

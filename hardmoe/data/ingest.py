@@ -15,17 +15,16 @@ every copy that lies in another one, and a hash table of all ids on the driver.
 """
 
 import json
-from collections import Counter
 from collections.abc import Generator, Sequence
 
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.given_parts import check_parts, collect_parts, numbers_by_value
+from hardmoe.data.ingest_findings import check_ingested, dataset_summary
 from hardmoe.data.ingest_shard import ingest_shard
 from hardmoe.data.inventory import Inventory
 from hardmoe.data.merging import check_ids, merge_range
 from hardmoe.data.near_stage import NEAR_PHASES, NearResult, looks_for_near_duplicates, near_phases, run_near_unit
-from hardmoe.data.schemas import SPLITS
 from hardmoe.data.source_files import SOURCE_FILE, checked_inventory, source_table
 from hardmoe.data.sources.base import NamingSource, ReferableSource, Source
 from hardmoe.data.sources.registry import open_source
@@ -33,16 +32,13 @@ from hardmoe.data.splits import check_test_examples
 from hardmoe.data.stages import EXPECTED_PARTS, is_followed_by
 from hardmoe.data.writing import write_copies, write_references
 from hardmoe.errors import DataError
-from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Stage, Unit, UnitContext
+from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
 
 _MOST_BUCKETS = 1024
 _AUTO_COPY_BYTES = 64 * 2**30
 _SHARD_BYTES = 256 * 2**20
 """A shard of copies holds about so many bytes of images at most, whatever `shard_rows` says: a unit holds it in memory."""
 _IDS_PER_CHECK = 1 << 22
-_LISTED = "'hardmoe logs dataset' lists them"
-_REASONS = 20
-"""At most so many kinds of reasons are told apart in the record; every row's own reason is in the quarantine tables."""
 
 
 class DatasetWork:
@@ -55,7 +51,7 @@ class DatasetWork:
         inventory = checked_inventory(context, source)
         store = _store(config, source, inventory)
         ingested = yield _ingest_phase(config, source, store)
-        _check_ingested(context.stage, config, ingested)
+        check_ingested(context.stage, config, ingested)
         parts = _parts(context, config, ingested)
         count = _num_shards(config, store, ingested)
         rows = context.share("rows.json", json.dumps([done.scratch["rows"] for done in ingested]).encode())
@@ -71,7 +67,7 @@ class DatasetWork:
         # What every unit of the last phase is told besides.
         common = {"removed": near.removed_path, "parts": _shared_numbers(context, parts)}
         written = yield _write_phase(context, store, ingested, merged, common)
-        summary = _summary(config, store, ingested, merged, written, near)
+        summary = dataset_summary(config, store, ingested, merged, written, near)
         if is_followed_by(context.stage, "evaluation"):
             check_test_examples(config, summary["sizes"])
         checked_inventory(context, source)
@@ -174,86 +170,3 @@ def _parts(context: DriverContext, config: DatasetConfig, ingested: Sequence[Com
 
 def _shared_numbers(context: DriverContext, parts: Json) -> str | None:
     return None if parts is None else context.share("parts.json", json.dumps(numbers_by_value(parts)).encode())
-
-
-def _check_ingested(stage: Stage, config: DatasetConfig, ingested: Sequence[Completion]) -> None:
-    good = sum(done.payload["rows"] for done in ingested)
-    reasons = _reasons(ingested)
-    bad = reasons.total()
-    examples = "; ".join(f"{reason} ({count})" for reason, count in _commonest(reasons)[:2])
-    if not good:
-        found = f"{bad} rows, none with a usable image ({examples}; {_LISTED})" if bad else "no rows at all"
-        raise DataError(
-            f"the source '{config.source}' at {_listed(config.path or 'its packaged files')} has {found}; "
-            "correct dataset.path and its columns" + (" or dataset.image_root" if "no such file" in reasons else "")
-        )
-    if is_followed_by(stage, "vocabulary") and not any(done.payload["tagged"] for done in ingested):
-        raise DataError(_without_hashtags(config, good, examples))
-    if bad > config.max_bad_fraction * (good + bad):
-        raise DataError(
-            f"{bad} of {good + bad} rows cannot be used, more than dataset.max_bad_fraction={config.max_bad_fraction:g} "
-            f"({examples}; {_LISTED}); correct dataset.path and its columns, or raise max_bad_fraction"
-        )
-
-
-def _without_hashtags(config: DatasetConfig, num_images: int, reasons: str) -> str:
-    """Why no image has a hashtag: known here, before anything is copied."""
-    if config.source != "folder":
-        return f"none of the {num_images} images has a hashtag; correct dataset.tags_column"
-    if config.tags_path is None:
-        return (
-            f"none of the {num_images} images below {_listed(config.path)} lies in a folder whose name would be its hashtag; "
-            "set dataset.tags_path to a table of hashtags"
-        )
-    told = f" ({reasons}; {_LISTED})" if reasons else ""
-    return (
-        f"no row of {config.tags_path} gives any of the {num_images} images below {_listed(config.path)} a hashtag{told}; its "
-        "paths must be relative to dataset.path, and dataset.tags_column must name its column of hashtags"
-    )
-
-
-def _listed(path: str | list[str] | None) -> str:
-    return ", ".join(path) if isinstance(path, list) else str(path)
-
-
-def _reasons(ingested: Sequence[Completion]) -> Counter[str]:
-    reasons: Counter[str] = Counter()
-    for done in ingested:
-        reasons.update(done.payload["reasons"])
-    return reasons
-
-
-def _commonest(reasons: Counter[str]) -> list[tuple[str, int]]:
-    """The commonest reasons by number, equally common ones by name."""
-    return sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_REASONS]
-
-
-def _summary(
-    config: DatasetConfig,
-    store: str,
-    ingested: Sequence[Completion],
-    merged: Sequence[Completion],
-    written: Sequence[Completion],
-    near: NearResult,
-) -> Json:
-    sizes = {split: sum(done.payload["sizes"][split] for done in written) for split in SPLITS}
-    if not sizes["train"] and near.summary() and (removed := near.summary()["removed"]["train"]):
-        raise DataError(
-            f"no example is left for training, since all {removed} training images nearly equal others; "
-            "set dataset.near_duplicates: none, or lower dataset.near_difference"
-        )
-    if not sizes["train"]:
-        raise DataError(f"no example is left for training ({sizes}); lower dataset.test_fraction or correct dataset.split_column")
-    reasons = _reasons(ingested)
-    listed = dict(_commonest(reasons))
-    others = reasons.total() - sum(listed.values())
-    return {
-        "source": config.source,
-        "store": store,
-        "sizes": sizes,
-        "quarantined": reasons.total(),
-        "quarantine_reasons": listed | ({"other reasons": others} if others else {}),
-        "copies_merged": sum(done.payload["copies_merged"] for done in merged),
-        "near_duplicates": near.summary(),
-        "without_tags": sum(done.payload["without_tags"] for done in written),
-    }

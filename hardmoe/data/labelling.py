@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from hardmoe.config import Json
 from hardmoe.data.aliases import TagRules, parse_rules, read_aliases, read_list
 from hardmoe.data.config import HashtagsConfig
+from hardmoe.data.label_ranges import RANGES_FILE, range_of, ranges_table
 from hardmoe.data.schemas import EXAMPLES, LABELS, SPLITS, UNLABELLED
 from hardmoe.data.shuffle import read_buckets, write_buckets
 from hardmoe.data.splits import check_test_labels
@@ -24,7 +25,7 @@ from hardmoe.data.stages import is_followed_by
 from hardmoe.data.vocabulary import BUCKETS, Choice, buckets_of, choose_tags, count_tags, encode_tags, lists_of, merge_counts
 from hardmoe.errors import DataError
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
-from hardmoe.tables import build_table, read_table, write_table
+from hardmoe.tables import build_table, ids_to_array, read_table, write_table
 
 _TOP_TAGS = 20
 _TAGS_OF_EXAMPLES = pa.schema([EXAMPLES.field("example_id"), EXAMPLES.field("tags")])
@@ -54,7 +55,9 @@ class VocabularyWork:
         }
         if is_followed_by(context.stage, "evaluation"):
             check_test_labels(config, labelled_of)
-        return Finished({**chosen.payload["summary"], **left_out, "labelled": labelled_of})
+        names = [f"labels/{_part(index, len(shards))}" for index in range(len(shards))]
+        ranges = ranges_table(names, shards, [done.payload["range"] for done in labelled])
+        return Finished({**chosen.payload["summary"], **left_out, "labelled": labelled_of}, {RANGES_FILE: ranges})
 
     def run(self, context: UnitContext) -> Json:
         """One shard's counts, the choice, or one shard's labels."""
@@ -152,7 +155,7 @@ def _label(context: UnitContext, rules: TagRules) -> Json:
     names = json.loads(context.storage.read_bytes(arguments["tags"]))
     rows = _read_tags(context)
     found = encode_tags(rows.column("tags"), rules, {tag: index for index, tag in enumerate(names)})
-    name = f"part-{arguments['index']:05d}-of-{arguments['of']:05d}.parquet"
+    name = _part(arguments["index"], arguments["of"])
     columns = {"example_id": rows.column("example_id"), "tags": lists_of(found, rows.num_rows)}
     write_table(context.output(f"labels/{name}"), build_table(LABELS, columns))
     missing = np.flatnonzero(np.bincount(found.rows_L, minlength=rows.num_rows) == 0)
@@ -163,4 +166,9 @@ def _label(context: UnitContext, rules: TagRules) -> Json:
         write_table(context.output(f"unlabelled/{name}"), build_table(UNLABELLED, columns))
     with_tags = int(any_N[missing].sum())
     counts = {"without_hashtags": len(missing) - with_tags, "outside_vocabulary": with_tags}
-    return {**counts, "labelled": rows.num_rows - len(missing)}
+    ids_N16 = ids_to_array(rows.column("example_id"))
+    return {**counts, "labelled": rows.num_rows - len(missing), "range": range_of(ids_N16)}
+
+
+def _part(index: int, count: int) -> str:
+    return f"part-{index:05d}-of-{count:05d}.parquet"

@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hardmoe.data.ids import id_words
+from hardmoe.data.ids import order_of_distinct
 from hardmoe.data.images import UndecodableImageError, load_square
+from hardmoe.data.ragged import offsets_of, take_rows
 from hardmoe.data.resampling import Schedule, repeat_factors
 from hardmoe.errors import DataError, StorageError
 
@@ -62,6 +63,17 @@ class SparseTargets:
     """int64, its tag."""
     weights_L: Tensor
     """float32, 1/k."""
+
+    @classmethod
+    def from_rows(cls, indices_L: NDArray[np.int32], offsets: NDArray[np.int64]) -> "SparseTargets":
+        """Of every row's tags one after another, which begin and end at the offsets."""
+        lengths_B = np.diff(offsets)
+        return cls(
+            num_rows=len(lengths_B),
+            rows_L=torch.from_numpy(np.repeat(np.arange(len(lengths_B)), lengths_B)),
+            indices_L=torch.from_numpy(indices_L.astype(np.int64)),
+            weights_L=torch.from_numpy(np.repeat(1 / np.maximum(lengths_B, 1), lengths_B).astype(np.float32)),
+        )
 
     def dense(self, num_tags: int, device: torch.device) -> Tensor:
         """float32 [B, V] on the device; the rows of labelled examples sum to 1."""
@@ -139,13 +151,13 @@ class ExampleSet:
                 indices.append(batch.label_indices_L)
                 lengths.append(np.diff(batch.label_offsets))
             storage_M3SS = pixels.finish()
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+        offsets = offsets_of(np.concatenate(lengths))
         arrived = cls(np.concatenate(ids), storage_M3SS, np.arange(len(storage_M3SS)), np.concatenate(indices), offsets)
         return arrived._sorted_by_id()
 
     def take(self, positions: NDArray[np.int64]) -> "ExampleSet":
         """The examples at these positions, in this order, sharing the pixels."""
-        indices, offsets = self._labels_at(positions)
+        indices, offsets = take_rows(self.label_indices_L, self.label_offsets, positions)
         times = None if self.times_N is None else self.times_N[positions]
         return ExampleSet(self.ids_N16[positions], self.storage_M3SS, self.storage_rows_N[positions], indices, offsets, times)
 
@@ -163,14 +175,7 @@ class ExampleSet:
 
     def targets_at(self, positions_B: NDArray[np.int64]) -> SparseTargets:
         """The targets of the examples at these positions."""
-        indices_L, offsets = self._labels_at(positions_B)
-        lengths_B = np.diff(offsets)
-        return SparseTargets(
-            num_rows=len(positions_B),
-            rows_L=torch.from_numpy(np.repeat(np.arange(len(positions_B)), lengths_B)),
-            indices_L=torch.from_numpy(indices_L.astype(np.int64)),
-            weights_L=torch.from_numpy(np.repeat(1 / np.maximum(lengths_B, 1), lengths_B).astype(np.float32)),
-        )
+        return SparseTargets.from_rows(*take_rows(self.label_indices_L, self.label_offsets, positions_B))
 
     def schedule(self, batch_size: int, epochs: int, seed: int, repeat_threshold: float | None = None) -> Schedule:
         """The steps of a training on these examples; `repeat_threshold` shows those with rare tags more often."""
@@ -190,18 +195,8 @@ class ExampleSet:
         for start in range(0, len(self), batch_size):
             yield self.images_at(np.arange(start, min(start + batch_size, len(self))))
 
-    def _labels_at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        lengths = self.label_offsets[positions + 1] - self.label_offsets[positions]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        source = np.repeat(self.label_offsets[positions] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return self.label_indices_L[source], offsets
-
     def _sorted_by_id(self) -> "ExampleSet":
-        high_N, low_N = id_words(self.ids_N16)
-        order_N = np.lexsort((low_N, high_N))
-        if np.any((np.diff(high_N[order_N]) == 0) & (np.diff(low_N[order_N]) == 0)):
-            raise ValueError("an example id occurs twice in one set")
-        return self.take(order_N)
+        return self.take(order_of_distinct(self.ids_N16))
 
 
 def _decode_square(image_size: int, max_pixels: int, reduced: bool, id_16: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hardmoe.arrays import save_arrays
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
-from hardmoe.data.ids import id_words, key_id, sortable
+from hardmoe.data.ids import ID_RANGE, id_order, is_within, key_id, range_bounds, sortable
 from hardmoe.data.schemas import INGESTED, MERGED, ORIGIN, SPLITS
 from hardmoe.data.shuffle import read_buckets, write_buckets
 from hardmoe.errors import DataError
@@ -28,7 +28,6 @@ from hardmoe.tables import build_table, ids_to_array, read_table, write_table
 
 _SPLIT_SEED = 0
 """Not the recipe's seed: runs of several seeds must be judged on the same test examples."""
-_ID_RANGE = 1 << 64
 _NAMED = pa.schema([("example_id", INGESTED.field("content_id").type), ("source_uri", pa.string())])
 
 
@@ -53,18 +52,12 @@ def merge_range(context: UnitContext, config: DatasetConfig) -> Json:
     return {"examples": len(ids_E16), "copies_merged": rows.num_rows - len(ids_E16)}
 
 
-def range_bounds(index: int, count: int) -> tuple[int, int]:
-    """The range of one of `count` shards over the leading 64 bits of an id, the end excluded."""
-    return index * _ID_RANGE // count, (index + 1) * _ID_RANGE // count
-
-
 def _rows_of_range(context: UnitContext, index: int, count: int) -> Any:
     low, high = range_bounds(index, count)
     paths = json.loads(context.storage.read_bytes(context.unit.arguments["rows"]))
     buckets = context.unit.arguments["buckets"]
-    rows = read_buckets(context.storage, paths, low * buckets // _ID_RANGE, (high - 1) * buckets // _ID_RANGE + 1)
-    words_N, _ = id_words(ids_to_array(rows.column("content_id")))
-    inside_N = (words_N >= np.uint64(low)) & (words_N <= np.uint64(high - 1))
+    rows = read_buckets(context.storage, paths, low * buckets // ID_RANGE, (high - 1) * buckets // ID_RANGE + 1)
+    inside_N = is_within(ids_to_array(rows.column("content_id")), low, high)
     return rows.filter(pa.array(inside_N)).sort_by([("content_id", "ascending"), ("source_uri", "ascending")])
 
 
@@ -170,8 +163,9 @@ def check_ids(context: UnitContext, config: DatasetConfig) -> Json:
     bounds = range_bounds(arguments["index"], arguments["of"])
     paths = json.loads(context.storage.read_bytes(arguments["ids"]))
     table = pa.concat_tables([_named_between(context, path, *bounds) for path in paths])
-    keys_N = sortable(ids_to_array(table.column("example_id")))
-    order_N = np.argsort(keys_N)
+    ids_N16 = ids_to_array(table.column("example_id"))
+    keys_N = sortable(ids_N16)
+    order_N = id_order(ids_N16)
     repeated = np.flatnonzero(keys_N[order_N[1:]] == keys_N[order_N[:-1]])
     if len(repeated):
         uris = table.column("source_uri")
@@ -185,5 +179,4 @@ def check_ids(context: UnitContext, config: DatasetConfig) -> Json:
 
 def _named_between(context: UnitContext, path: str, low: int, high: int) -> Any:
     table = read_table(context.storage, path, _NAMED)
-    words_N, _ = id_words(ids_to_array(table.column("example_id")))
-    return table.filter(pa.array((words_N >= np.uint64(low)) & (words_N <= np.uint64(high - 1))))
+    return table.filter(pa.array(is_within(ids_to_array(table.column("example_id")), low, high)))

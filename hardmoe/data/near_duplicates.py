@@ -84,11 +84,6 @@ def differences(first_PX: NDArray[np.uint8], second_PX: NDArray[np.uint8]) -> ND
     return result_P
 
 
-def confirmed(first_PX: NDArray[np.uint8], second_PX: NDArray[np.uint8], near_difference: float) -> NDArray[np.bool_]:
-    """Whether the pictures of pairs are the same, bool [P]: whether they differ by `near_difference` at most."""
-    return differences(first_PX, second_PX) <= near_difference
-
-
 def _block_differences(first_PX: NDArray[np.uint8], second_PX: NDArray[np.uint8]) -> NDArray[np.float64]:
     first, second = _Pictures.of(first_PX), _Pictures.of(second_PX)
     unlike_P = _unlikeness(first, second)

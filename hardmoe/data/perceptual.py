@@ -19,8 +19,6 @@ Everything is whole numbers, from Pillow's resampling to the last comparison, so
 Shape letters: N images, H height, W width, S the thumbnail's side, X its pixels, U frequencies of one axis, B bits.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -37,13 +35,6 @@ _THRESHOLD_TENTHS = 3
 _MATRIX_BITS, _FRACTION_BITS = 14, 9  # 8160 * 2**9 < 2**22, so 6,400 times a square stays below 2**63
 _REDUCING_GAP = 2.0
 """Whole blocks are averaged down to twice the size before filtering: 0.24 ms instead of 0.39 for 500 x 375 pixels."""
-
-
-class Signature(NamedTuple):
-    """An image's hash, `NO_HASH` if it has none, and its thumbnail, uint8 [1024]."""
-
-    perceptual_hash: int
-    thumbnail_X: NDArray[np.uint8]
 
 
 def _frequencies() -> NDArray[np.intp]:
@@ -98,9 +89,3 @@ def perceptual_hashes(thumbnails_NX: NDArray[np.uint8]) -> NDArray[np.uint64]:
     least_energy = THUMBNAIL_PIXELS * (_LEAST_CONTRAST * 2**_FRACTION_BITS) ** 2
     hashes_N[energy_N < least_energy] = NO_HASH
     return hashes_N
-
-
-def signature(image_HW3: NDArray[np.uint8]) -> Signature:
-    """Hash and thumbnail of one image, uint8 [H, W, 3], in about a quarter of the time that decoding its JPEG takes."""
-    thumbnail_X = thumbnail(image_HW3)
-    return Signature(int(perceptual_hashes(thumbnail_X[None])[0]), thumbnail_X)

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.ids import content_id, sortable
+from hardmoe.data.label_ranges import tables_that_may_hold
+from hardmoe.data.ragged import offsets_of, take_rows
 from hardmoe.data.schemas import EXAMPLES, EXTRA_FOLDER, LABELS, REFERENCES, TAGS
 from hardmoe.data.sources.base import Location, ReferableSource
 from hardmoe.data.sources.registry import open_source
@@ -163,13 +165,22 @@ def tag_names(vocabulary: InputArtifact) -> list[str]:
     return names
 
 
-def labels_of(vocabulary: InputArtifact, ids_N16: NDArray[np.uint8], paths: Sequence[str] | None = None) -> Labels:
-    """The labels of these examples, found by id in the vocabulary's tables.
+def labels_of(
+    vocabulary: InputArtifact,
+    ids_N16: NDArray[np.uint8],
+    paths: Sequence[str] | None = None,
+    *,
+    split: str | None = None,
+    near: tuple[int, int] | None = None,
+) -> Labels:
+    """The labels of these examples, found by id in those of the vocabulary's tables that can hold them.
 
     Args:
         vocabulary: the vocabulary artifact.
         ids_N16: the ids, uint8 [N, 16], each once.
-        paths: storage paths of the tables to look in, where it is known that they hold all of them; by default all tables.
+        paths: storage paths of the tables to look in, where it is known that they hold all of them.
+        split: the split that the examples are all of, if that is known.
+        near: which of how many shards of the split they came from, if it is cut like the dataset; only a guess.
 
     Raises:
         CorruptFileError: an example has no row there.
@@ -180,7 +191,10 @@ def labels_of(vocabulary: InputArtifact, ids_N16: NDArray[np.uint8], paths: Sequ
     found: list[NDArray[np.int64]] = []
     values: list[NDArray[np.int32]] = []
     lengths: list[NDArray[np.int64]] = []
-    for path in vocabulary.files("labels/") if paths is None else paths:
+    missing = len(ids_N16)
+    for path in tables_that_may_hold(vocabulary, sorted_N, split, near) if paths is None else paths:
+        if not missing:
+            break
         table = read_table(vocabulary.storage, path, LABELS)
         at = np.searchsorted(sorted_N, keys := sortable(ids_to_array(table.column("example_id"))))
         here = np.flatnonzero(sorted_N[np.minimum(at, len(sorted_N) - 1)] == keys) if len(sorted_N) else np.zeros(0, np.int64)
@@ -190,11 +204,11 @@ def labels_of(vocabulary: InputArtifact, ids_N16: NDArray[np.uint8], paths: Sequ
         found.append(order_N[at[here]])
         values.append(indices)
         lengths.append(np.diff(offsets))
-    count = sum(map(len, found))
-    if count != len(ids_N16):
+        missing -= len(here)
+    if missing:
         raise CorruptFileError(
-            f"{vocabulary.storage.where(vocabulary.path('labels'))} has labels of {count} of {len(ids_N16)} examples; "
-            "delete the vocabulary and what stands on it, and run again"
+            f"{vocabulary.storage.where(vocabulary.path('labels'))} has labels of {len(ids_N16) - missing} of {len(ids_N16)} "
+            "examples; delete the vocabulary and what stands on it, and run again"
         )
     return _in_order(found, values, lengths, len(ids_N16))
 
@@ -205,9 +219,5 @@ def _in_order(
     """Bring rows that were found in the tables' order into the order asked for."""
     if not count:
         return Labels(np.zeros(0, np.int32), np.zeros(1, np.int64))
-    positions, flat, sizes = np.concatenate(found), np.concatenate(values), np.concatenate(lengths)
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)[:-1]])
-    order = np.argsort(positions)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[order], dtype=np.int64)])
-    source = np.repeat(starts[order] - offsets[:-1], sizes[order]) + np.arange(offsets[-1])
-    return Labels(flat[source], offsets)
+    order = np.argsort(np.concatenate(found))
+    return Labels(*take_rows(np.concatenate(values), offsets_of(np.concatenate(lengths)), order))

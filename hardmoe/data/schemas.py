@@ -76,6 +76,8 @@ DROPPED_TAGS = pa.schema([("tag", pa.string()), ("count", pa.int64()), ("reason"
 """`vocabulary/dropped.parquet`: the hashtags that were seen and are not in the vocabulary, the commonest first, and why."""
 LABELS = pa.schema([("example_id", ID_TYPE), ("tags", pa.list_(pa.int32()))])
 """`vocabulary/labels`: canonical tag indices, ascending."""
+LABEL_RANGES = pa.schema([("file", pa.string()), ("split", pa.string()), ("first", ID_TYPE), ("last", ID_TYPE)])
+"""`vocabulary/ranges.parquet`: for every table of labels its split, and the smallest and the largest id in it."""
 UNLABELLED = pa.schema([("example_id", ID_TYPE), ("reason", pa.string())])
 """`vocabulary/unlabelled`: examples without a tag of the vocabulary, and why."""
 FEATURES = pa.schema([("example_id", ID_TYPE), ("feature", pa.list_(pa.float16()))])

@@ -4,6 +4,8 @@ A dataset is refused when its source's digest is another one; this table is what
 photos/7.parquet". Rejected: comparing with the inventory's cache, which is overwritten by the very look that finds the change.
 """
 
+from typing import Any
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,8 +38,13 @@ def source_table(inventory: Inventory) -> bytes:
     """The content of `source.parquet`."""
     rows = [(name, size, digest) for name, (size, digest) in sorted(inventory.files.items())]
     columns = {name: [row[index] for row in rows] for index, name in enumerate(SOURCE_FILES.names)}
+    return parquet_bytes(build_table(SOURCE_FILES, columns))
+
+
+def parquet_bytes(table: Any) -> bytes:
+    """A small table as Parquet, for a finish to write."""
     sink = pa.BufferOutputStream()
-    pq.write_table(build_table(SOURCE_FILES, columns), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     data: bytes = sink.getvalue().to_pybytes()
     return data
 

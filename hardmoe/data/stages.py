@@ -45,7 +45,7 @@ def vocabulary_stage(config: HashtagsConfig, sha256: Mapping[str, str | None]) -
     return Stage(
         name="vocabulary",
         kind="vocabulary",
-        version=3,
+        version=4,
         config={"hashtags": config.identity(), **{name: {"sha256": sha256.get(name)} for name in ("aliases", "allow", "deny")}},
         operational={"hashtags": config.operational_values()},
         inputs={"dataset": "dataset"},

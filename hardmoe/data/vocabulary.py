@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hardmoe.data.aliases import TagRules
+from hardmoe.data.ragged import offsets_of
 from hardmoe.data.schemas import DROPPED_TAGS, TAGS
 from hardmoe.tables import build_table
 
@@ -179,5 +180,5 @@ def _lists_hold(tags: Any, rules: TagRules) -> Iterable[NDArray[np.bool_]]:
 
 def lists_of(found: RowTags, num_rows: int) -> Any:
     """A list<int32> column of every row's tags."""
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(found.rows_L, minlength=num_rows))])
+    offsets = offsets_of(np.bincount(found.rows_L, minlength=num_rows))
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(found.tags_L.astype(np.int32)))

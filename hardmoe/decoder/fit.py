@@ -24,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, optim
 
-from hardmoe.data.ids import sortable
+from hardmoe.data.ids import order_of_distinct
 from hardmoe.data.loader import SparseTargets
+from hardmoe.data.ragged import take_rows
 from hardmoe.data.resampling import batch_slice, epoch_order, num_batches
 from hardmoe.decoder.config import DecoderConfig
 from hardmoe.errors import DataError, HardmoeError
@@ -83,18 +84,11 @@ class EmbeddingSet:
         lengths = {len(ids_N16), len(embeddings_NE), len(experts_N), len(label_offsets) - 1}
         if len(lengths) != 1 or label_offsets[-1] != len(label_indices_L):
             raise ValueError(f"ids, embeddings, experts and labels describe different numbers of examples: {sorted(lengths)}")
-        keys_N = sortable(ids_N16)
-        order_N = np.argsort(keys_N, kind="stable")
-        if np.any(keys_N[order_N[1:]] == keys_N[order_N[:-1]]):
-            raise ValueError("an example id occurs twice in one set")
-        return cls(ids_N16, embeddings_NE, experts_N, label_indices_L, label_offsets).take(order_N)
+        return cls(ids_N16, embeddings_NE, experts_N, label_indices_L, label_offsets).take(order_of_distinct(ids_N16))
 
     def take(self, positions: NDArray[np.int64]) -> "EmbeddingSet":
         """The examples at these positions, in this order."""
-        lengths = self.label_offsets[positions + 1] - self.label_offsets[positions]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        source = np.repeat(self.label_offsets[positions] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        labels = self.label_indices_L[source]
+        labels, offsets = take_rows(self.label_indices_L, self.label_offsets, positions)
         return EmbeddingSet(self.ids_N16[positions], self.embeddings_NE[positions], self.experts_N[positions], labels, offsets)
 
     def labelled(self) -> "EmbeddingSet":
@@ -108,13 +102,7 @@ class EmbeddingSet:
 
     def targets(self) -> SparseTargets:
         """1/k on each of an example's k tags."""
-        lengths_N = np.diff(self.label_offsets)
-        return SparseTargets(
-            num_rows=len(self),
-            rows_L=torch.from_numpy(np.repeat(np.arange(len(self)), lengths_N)),
-            indices_L=torch.from_numpy(self.label_indices_L.astype(np.int64)),
-            weights_L=torch.from_numpy(np.repeat(1 / np.maximum(lengths_N, 1), lengths_N).astype(np.float32)),
-        )
+        return SparseTargets.from_rows(self.label_indices_L, self.label_offsets)
 
 
 def fit(

@@ -66,5 +66,5 @@ def load_embeddings(embeddings: InputArtifact, vocabulary: InputArtifact, split:
     ids_N16 = np.concatenate([np.zeros((0, 16), np.uint8), *(ids_to_array(t.column("example_id")) for t in tables)])
     vectors_NE = np.concatenate([np.zeros((0, dim), np.float16), *(vectors_to_array(t.column("embedding")) for t in tables)])
     experts_N = np.concatenate([np.zeros(0, np.int32), *(t.column("expert").to_numpy() for t in tables)]).astype(np.int32)
-    labels = labels_of(vocabulary, ids_N16)
+    labels = labels_of(vocabulary, ids_N16, split=split)
     return EmbeddingSet.from_rows(ids_N16, vectors_NE, experts_N, labels.indices_L, labels.offsets)

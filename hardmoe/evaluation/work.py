@@ -71,7 +71,9 @@ def _score(context: UnitContext) -> Json:
     system = context.unit.arguments["system"]
     described = context.stage.config["systems"][system]
     ids_N16, features_ND, experts_N = _read(context, system, described["column"])
-    labels = labels_of(context.input("vocabulary"), ids_N16)
+    shards = context.input(f"{system}:embeddings").files("split=test/")
+    near = (shards.index(context.unit.arguments["path"]), len(shards))
+    labels = labels_of(context.input("vocabulary"), ids_N16, split="test", near=near)
     decoders = [context.input(f"{system}:decoder-{index:04d}") for index in range(described["decoders"])]
     scorer = build_scorer(decoders, described["shared"])
     sums: list[RankingSums] = []

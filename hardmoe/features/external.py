@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from hardmoe.arrays import load_arrays, save_arrays
 from hardmoe.config import Json
-from hardmoe.data.ids import id_words
+from hardmoe.data.ids import id_order, id_words
 from hardmoe.data.places import open_place
+from hardmoe.data.ragged import consecutive
 from hardmoe.data.schemas import SPLITS
 from hardmoe.data.shuffle import read_buckets, write_buckets
 from hardmoe.data.sources.base import SourceFile
@@ -145,8 +146,9 @@ def _index(context: UnitContext) -> Json:
         ids.append(ids_n16)
         shard.append(np.full(len(ids_n16), bucket, np.int32))
         row.append(np.arange(len(ids_n16), dtype=np.int32))
-    high_N, low_N = id_words(np.concatenate(ids))
-    order_N = np.lexsort((low_N, high_N))
+    all_N16 = np.concatenate(ids)
+    order_N = id_order(all_N16)
+    high_N, low_N = id_words(all_N16)
     arrays: dict[str, NDArray[Any]] = {"high": high_N, "low": low_N, "shard": np.concatenate(shard), "row": np.concatenate(row)}
     save_arrays(context.scratch("index"), {name: array[order_N] for name, array in arrays.items()})
     return {"examples": len(order_N)}
@@ -173,8 +175,7 @@ class _Index:
         # Two examples may share the first half of their ids; then every one of the range is looked at.
         count_M = np.searchsorted(self.high, high_M, "right") - first_M
         position = np.repeat(np.arange(len(ids_M16)), count_M)
-        offset = np.arange(len(position)) - np.repeat(np.cumsum(count_M) - count_M, count_M)
-        place = first_M[position] + offset
+        place = consecutive(first_M, count_M)
         same = self.low[place] == low_M[position]
         return position[same], place[same]
 

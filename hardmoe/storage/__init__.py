@@ -4,7 +4,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from hardmoe.errors import StorageError
-from hardmoe.storage.base import Entry, OutputFile, Storage, check_entry, join, read_if_there, sha256_of
+from hardmoe.storage.base import (
+    Entry,
+    OutputFile,
+    Storage,
+    check_content,
+    check_entry,
+    check_size,
+    join,
+    read_if_there,
+    sha256_of,
+)
 from hardmoe.storage.local import HashedFile, LocalStorage
 
 __all__ = [
@@ -13,7 +23,9 @@ __all__ = [
     "LocalStorage",
     "OutputFile",
     "Storage",
+    "check_content",
     "check_entry",
+    "check_size",
     "join",
     "open_storage",
     "read_if_there",

@@ -143,9 +143,32 @@ def check_entry(storage: Storage, path: str, size: int, sha256: str | None = Non
     Raises:
         CorruptFileError: the file is missing, or has another size or (when given) digest.
     """
-    if not storage.exists(path):
+    try:
+        found = storage.size(path)
+    except MissingFileError:
+        found = None
+    check_size(storage, path, size, found)
+    if sha256 is not None:
+        check_content(storage, path, sha256)
+
+
+def check_size(storage: Storage, path: str, size: int, found: int | None) -> None:
+    """Compare the size that a file was found to have, None if it was not found, with what a record says.
+
+    Raises:
+        CorruptFileError: they differ.
+    """
+    if found is None:
         raise CorruptFileError(f"{storage.where(path)} is missing although a record vouches for it")
-    if (found := storage.size(path)) != size:
+    if found != size:
         raise CorruptFileError(f"{storage.where(path)} has {found} bytes where its record says {size}")
-    if sha256 is not None and sha256_of(storage, path) != sha256:
+
+
+def check_content(storage: Storage, path: str, sha256: str) -> None:
+    """Hash a file and compare it with what a record says.
+
+    Raises:
+        CorruptFileError: they differ.
+    """
+    if sha256_of(storage, path) != sha256:
         raise CorruptFileError(f"{storage.where(path)} has other content than its record says (SHA-256 differs)")

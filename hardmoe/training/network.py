@@ -145,7 +145,7 @@ def load_examples(job: NetworkJob, split: str) -> ExampleSet:
     training = split == "train"
     paths = training_shards(job.examples, job.expert) if training else example_shards(job.examples, split, job.expert)
     return ExampleSet.from_stream(
-        _encoded(job, paths),
+        _encoded(job, split, paths),
         image_size=job.architecture.image_size,
         max_pixels=PILLOW_MAX_PIXELS,  # the dataset stage has held every image against the recipe's own limit
         num_threads=job.config.num_threads,
@@ -154,11 +154,11 @@ def load_examples(job: NetworkJob, split: str) -> ExampleSet:
     )
 
 
-def _encoded(job: NetworkJob, paths: list[str]) -> Iterator[EncodedBatch]:
+def _encoded(job: NetworkJob, split: str, paths: list[str]) -> Iterator[EncodedBatch]:
     all_ids = [
         ids_to_array(t.column("example_id")) for p in paths for t in read_examples(job.examples, [p], columns=["example_id"])
     ]
-    labels = labels_of(job.vocabulary, np.concatenate(all_ids) if all_ids else np.zeros((0, 16), np.uint8))
+    labels = labels_of(job.vocabulary, np.concatenate(all_ids) if all_ids else np.zeros((0, 16), np.uint8), split=split)
     start = 0
     for table in read_examples(job.examples, paths, columns=["example_id", "image"]):
         stop = start + table.num_rows

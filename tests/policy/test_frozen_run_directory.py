@@ -16,6 +16,7 @@ PATHS = """
     vocabulary/tags.parquet
     vocabulary/dropped.parquet
     vocabulary/labels/part-*.parquet
+    vocabulary/ranges.parquet
     trunk/model.safetensors
     trunk/trunk.json
     features/split=train/part-00000-of-*.parquet
@@ -40,6 +41,7 @@ SCHEMAS = {
     "vocabulary/tags.parquet": "index: int32, tag: string, count: int64",
     "vocabulary/dropped.parquet": "tag: string, count: int64, reason: string",
     "vocabulary/labels/part-*.parquet": "example_id: fixed_size_binary[16], tags: list<int32>",
+    "vocabulary/ranges.parquet": "file: string, split: string, first: fixed_size_binary[16], last: fixed_size_binary[16]",
     "features/split=*/part-*.parquet": "example_id: fixed_size_binary[16], feature: fixed_size_list<halffloat>",
     "partition/split=*/expert=*/part-*.parquet": (
         "example_id: fixed_size_binary[16], image: binary, tags: list<string>, distance: float"

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 
 from hardmoe.data.config import DatasetConfig
-from hardmoe.data.near_duplicates import confirmed, decide, differences, groups
+from hardmoe.data.near_duplicates import decide, differences, groups
 from hardmoe.data.perceptual import NO_HASH, perceptual_hashes, thumbnail
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -52,7 +52,7 @@ def test_rule_at_the_defaults_has_high_precision_and_recall_on_a_thousand_pairs(
     """Measured: precision 0.996 and recall 0.953 on 8,000 such pairs; see the module's table."""
     same_P, _, first_PX, second_PX = _labelled()
     assert len(same_P) == 1000 and same_P.sum() == 500
-    found_P = _by_hash(first_PX, second_PX) & confirmed(first_PX, second_PX, DatasetConfig().near_difference)
+    found_P = _by_hash(first_PX, second_PX) & (differences(first_PX, second_PX) <= DatasetConfig().near_difference)
     hits = int((found_P & same_P).sum())
     print("precision", _interval(hits, int(found_P.sum())), "recall", _interval(hits, 500))
     assert hits / found_P.sum() > 0.98
@@ -63,7 +63,7 @@ def test_rule_at_the_defaults_has_high_precision_and_recall_on_a_thousand_pairs(
 def test_rule_holds_for_drawings_and_for_photographs(kind: str, least_recall: float, most_false: float) -> None:
     same_P, is_icon_P, first_PX, second_PX = _labelled()
     kind_P = is_icon_P == (kind == "icon")
-    found_P = _by_hash(first_PX, second_PX) & confirmed(first_PX, second_PX, DatasetConfig().near_difference)
+    found_P = _by_hash(first_PX, second_PX) & (differences(first_PX, second_PX) <= DatasetConfig().near_difference)
     assert found_P[kind_P & same_P].mean() > least_recall
     assert found_P[kind_P & ~same_P].mean() <= most_false
 
@@ -72,7 +72,7 @@ def test_bare_hash_on_drawings_raises_many_false_alarms_that_the_confirmation_dr
     same_P, is_icon_P, first_PX, second_PX = _labelled()
     negative_P = is_icon_P & ~same_P
     bare_P = _by_hash(first_PX, second_PX)[negative_P]
-    rule_P = bare_P & confirmed(first_PX[negative_P], second_PX[negative_P], 0.03)
+    rule_P = bare_P & (differences(first_PX[negative_P], second_PX[negative_P]) <= 0.03)
     print("false alarms on drawings:", _interval(int(bare_P.sum()), 250), "bare,", _interval(int(rule_P.sum()), 250), "confirmed")
     assert bare_P.mean() > 0.2
     assert rule_P.mean() < bare_P.mean() / 8
@@ -81,7 +81,7 @@ def test_bare_hash_on_drawings_raises_many_false_alarms_that_the_confirmation_dr
 def test_confirmation_without_the_hash_still_tells_hard_negatives_apart() -> None:
     """The hash only makes the search fast: what it lets through by chance must not decide."""
     same_P, _, first_PX, second_PX = _labelled()
-    found_P = confirmed(first_PX, second_PX, 0.03)
+    found_P = differences(first_PX, second_PX) <= 0.03
     assert found_P[same_P].mean() > 0.96
     assert found_P[~same_P].mean() < 0.02
 

@@ -1,5 +1,6 @@
 """What an S3 root makes of lost answers, broken bodies and stores that are busy: the same files, and never half of one."""
 
+import hashlib
 import os
 import pickle
 import random
@@ -15,7 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from s3 import Fault, Faults, Store
 
-from hardmoe.errors import StorageError
+from hardmoe.artifacts.record import Record
+from hardmoe.artifacts.store import Artifact
+from hardmoe.errors import CorruptFileError, StorageError
+from hardmoe.stage import FileEntry
 from hardmoe.storage import Storage, open_storage, s3_silence, sha256_of
 from hardmoe.storage import s3 as s3_module
 
@@ -161,6 +165,22 @@ def test_small_file_is_opened_and_read_with_one_request(s3_store: Store, storage
     with storage.open_input("file") as source:
         assert source.read() == CONTENT[:200_000]
     assert s3_store.proxy.requests == {"GET": 1}
+
+
+def test_artifact_is_verified_with_one_listing_and_one_request_a_file(s3_store: Store, storage: Storage) -> None:
+    """There were two more for each: whether it exists, and how large it is."""
+    names = [f"sub/{number}" for number in range(5)]
+    for name in names:
+        storage.write_bytes(f"features/{name}", name.encode())
+    entries = [FileEntry(name, len(name), hashlib.sha256(name.encode()).hexdigest()) for name in names]
+    s3_store.proxy.reset()
+    assert Artifact("features", Record("kind", 1, "", {}, {}, entries), storage).verify() == 5
+    assert s3_store.proxy.requests == {"GET": 6}
+    storage.write_bytes("features/sub/3", b"others")
+    storage.delete_tree("features/sub/4")
+    for entry, sentence in ((entries[3], "has 6 bytes where its record says 5"), (entries[4], "is missing although a record")):
+        with pytest.raises(CorruptFileError, match=sentence):
+            Artifact("features", Record("kind", 1, "", {}, {}, [entry]), storage).verify()
 
 
 def test_straight_reading_asks_for_more_and_more_at_once(s3_store: Store, storage: Storage) -> None:
