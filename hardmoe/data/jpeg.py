@@ -86,7 +86,7 @@ def decode_jpeg(data: bytes, header: Header, max_pixels: int, at_least: int | No
     if not header.one_scan and _too_many_scans(data):
         raise UndecodableImageError(f"a JPEG of more than {MAX_SCANS} scans, which is made to take long")
     try:
-        height, width, colours, _ = cast(tuple[int, int, str, str], simplejpeg.decode_jpeg_header(data, strict=False))
+        height, width, colours, _ = cast("tuple[int, int, str, str]", simplejpeg.decode_jpeg_header(data, strict=False))
     except (ValueError, KeyError):  # a KeyError is how it says that it has no name for the subsampling
         return None
     check_pixels(width, height, max_pixels)
@@ -104,13 +104,13 @@ def _divisor(shorter: int, at_least: int) -> int:
 
 def _decode(data: bytes, **options: Any) -> NDArray[np.uint8] | None:
     try:
-        return cast(NDArray[np.uint8], simplejpeg.decode_jpeg(data, **options))
+        return cast("NDArray[np.uint8]", simplejpeg.decode_jpeg(data, **options))
     except ValueError as error:
         # Of several complaints only the last is heard, and "left-over bytes" may follow "the file has ended".
         if _MADE_UP.match(str(error)) or all(marker != _END_OF_IMAGE for marker, _ in _segments(data)):
             raise UndecodableImageError(f"broken image ({error})") from error
     try:
-        return cast(NDArray[np.uint8], simplejpeg.decode_jpeg(data, strict=False, **options))
+        return cast("NDArray[np.uint8]", simplejpeg.decode_jpeg(data, strict=False, **options))
     except ValueError:
         return None
 
@@ -122,8 +122,13 @@ def _too_many_scans(data: bytes) -> bool:
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Marker and place of the first picture's segments up to its end, without a preview or a film in or behind the file."""
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 2 <= len(data):
+    # Written for speed, as it runs for every image that is read: the bytes between are only searched where there are some.
+    at, size = 2, len(data)
+    while at + 2 <= size:
+        if data[at] != 0xFF:
+            if (at := data.find(b"\xff", at)) < 0:
+                return
+            continue
         marker = data[at + 1]
         if marker in (0x00, 0xFF):  # a byte that belongs to nothing; fill
             at += 1
@@ -134,7 +139,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
         at += 2
         if marker == _TEMPORARY or 0xD0 <= marker <= 0xD7:
             continue
-        at += int.from_bytes(data[at : at + 2], "big")
+        if at + 2 > size:
+            return
+        at += data[at] << 8 | data[at + 1]
         if marker == _START_OF_SCAN:
             found = _MARKER_AFTER_SCAN.search(data, at)
             at = found.start() if found else len(data)
