@@ -16,8 +16,6 @@ from hardmoe.errors import DataError
 from hardmoe.experts.stages import expert_name
 from hardmoe.stage import Completion, Context, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ID_TYPE, build_table, ids_from_array, vector_type, vectors_from_array, write_table
-from hardmoe.training.extract import extract_shard
-from hardmoe.training.network import architecture_of, load_network, unit_device
 
 
 class EmbeddingsWork:
@@ -47,6 +45,10 @@ class EmbeddingsWork:
 
     def run(self, context: UnitContext) -> Json:
         """One shard of one part."""
+        # Not for the driver, which only lists shards.
+        from hardmoe.training.extract import extract_shard
+        from hardmoe.training.network import architecture_of, load_network, unit_device
+
         arguments, examples = context.unit.arguments, open_examples(context, "examples")
         network = context.input(expert_name(arguments["expert"]))
         device, model = unit_device(context), load_network(network)

@@ -1,4 +1,7 @@
-"""The features stage: one unit per dataset shard, decode beside the device, no pixels anywhere else."""
+"""The features stage: one unit per dataset shard, decode beside the device, no pixels anywhere else.
+
+The driver, which only lists shards, does without torch: four seconds sooner, the workers start.
+"""
 
 from collections.abc import Generator
 
@@ -9,8 +12,6 @@ from hardmoe.data.reading import open_examples
 from hardmoe.data.schemas import SPLITS
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
 from hardmoe.tables import ID_TYPE, build_table, ids_from_array, vector_type, vectors_from_array, write_table
-from hardmoe.training.extract import extract_shard
-from hardmoe.training.network import architecture_of, load_network, unit_device
 
 
 class FeaturesWork:
@@ -36,6 +37,9 @@ class FeaturesWork:
 
     def run(self, context: UnitContext) -> Json:
         """One shard."""
+        from hardmoe.training.extract import extract_shard
+        from hardmoe.training.network import architecture_of, load_network, unit_device
+
         trunk, dataset = context.input("trunk"), open_examples(context, "dataset")
         device, relative = unit_device(context), context.unit.arguments["path"]
         model = load_network(trunk)

@@ -3,7 +3,8 @@
 A backbone is any network whose classification head was taken off; the decoder is always ours, so that trunk, experts and
 dense baseline are one class. Initial weights are a function of the seed given, never of torch's global generator, which
 is neither read nor advanced. Rejected: a table of builders with a dozen options each; a name says all, and whoever needs
-more gives `package.module:factory`.
+more gives `package.module:factory`. Torchvision takes two seconds to import, and is where one of its networks, or a part of
+one, is asked for; a network of your own does without.
 
     resnet18, convnext_tiny, vit_b_16, …   torchvision's classification models, head removed
     resnet20 … resnet110, resnet20_w8      He et al.'s networks for 32x32 images, optionally of another base width
@@ -20,11 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from hardmoe.errors import RecipeError
-from hardmoe.models.resnet import CIFAR_DEPTHS, cifar_resnet, quicknet
 
 STEMS = ("auto", "small", "imagenet")
 SMALL_IMAGE = 64
@@ -108,7 +107,7 @@ def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto")
         raise RecipeError(f"unknown stem '{stem}'; it is one of {', '.join(STEMS)}")
     with seeded_initialisation(seed):
         backbone = _build(name, image_size, stem)
-    if stem != "auto" and (":" in name or not isinstance(backbone.network, torchvision.models.ResNet)):
+    if stem != "auto" and (":" in name or not _is_torchvision_resnet(backbone.network)):
         raise RecipeError(
             f"the backbone '{name}' has no stem '{stem}'; only torchvision's ResNets have a choice, so use stem: auto"
         )
@@ -118,6 +117,10 @@ def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto")
 def _build(name: str, image_size: int, stem: str) -> Backbone:
     if ":" in name:
         return _from_factory(name, image_size)
+    import torchvision
+
+    from hardmoe.models.resnet import CIFAR_DEPTHS, cifar_resnet, quicknet
+
     if match := re.fullmatch(r"resnet(\d+)(?:_w([1-9]\d*))?", name):
         depth = int(match[1])
         if depth in CIFAR_DEPTHS:
@@ -131,7 +134,17 @@ def _build(name: str, image_size: int, stem: str) -> Backbone:
     raise RecipeError(f"unknown backbone '{name}'; {_suggestion(name)}")
 
 
+def _is_torchvision_resnet(network: nn.Module) -> bool:
+    import torchvision
+
+    return isinstance(network, torchvision.models.ResNet)
+
+
 def _suggestion(name: str) -> str:
+    import torchvision
+
+    from hardmoe.models.resnet import CIFAR_DEPTHS
+
     known = [*torchvision.models.list_models(module=torchvision.models), "quicknet_w12", "quicknet_w24"]
     known += [f"resnet{depth}" for depth in CIFAR_DEPTHS] + ["resnet20_w8"]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -140,6 +153,8 @@ def _suggestion(name: str) -> str:
 
 
 def _from_torchvision(name: str, image_size: int, stem: str) -> Backbone:
+    import torchvision
+
     options: dict[str, object] = {}
     if name.startswith("vit_"):
         options["image_size"] = image_size

@@ -51,6 +51,30 @@ def test_help_loads_click_and_nothing_that_reads_data(tmp_path: Path) -> None:
     assert modules & (HEAVY | {"numpy", "pyarrow", "pydantic", "yaml", "rich", "PIL"}) == set()
 
 
+@pytest.mark.parametrize("work", ["features.work:FeaturesWork", "experts.embed:EmbeddingsWork"])
+def test_driver_of_a_stage_that_only_lists_shards_does_without_torch(work: str) -> None:
+    module, _, name = work.partition(":")
+    probe = f"import sys; from hardmoe.{module} import {name}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=True)
+    assert set(result.stdout.split()) & HEAVY == set()
+
+
+def test_network_of_ones_own_does_without_torchvision(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n\ndef network(image_size):\n"
+        "    found = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n    found.num_features = 3\n    return found\n"
+    )
+    probe = (
+        "import sys; from hardmoe.models.backbones import build_backbone\n"
+        "print(build_backbone('own:network', image_size=8, seed=0).num_features, 'torchvision' in sys.modules)"
+    )
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": search}
+    command = [sys.executable, "-c", probe]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split() == ["3", "False"]
+
+
 @pytest.mark.parametrize("arguments", [("run",), ("run", "--dry-run"), ("evaluate",), ("report",)], ids=" ".join)
 def test_finished_run_again_starts_neither_ray_nor_torch_and_changes_no_file(
     tmp_path: Path, finished: Path, arguments: tuple[str, ...]
