@@ -33,7 +33,7 @@ from hardmoe.partitioning.moments import Moments
 from hardmoe.partitioning.router import TRANSFORM_FILE
 from hardmoe.partitioning.scan import blas_threads
 from hardmoe.partitioning.transform import PROJECTIONS, FeatureTransform
-from hardmoe.partitioning.transform_fit import fit_transform
+from hardmoe.partitioning.transform_fit import fit_transform, read_transform
 from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
 
 SAMPLE_FILE = "sample.safetensors"
@@ -81,11 +81,8 @@ def load_sample(context: Context) -> Sample:
     """The sample, as a stage's input `sample` has it."""
     artifact = context.input("sample")
     arrays = load_arrays(artifact.storage, artifact.path(SAMPLE_FILE))
-    kind = context.stage.config["partition"]["transform"]
-    if kind in PROJECTIONS:
-        transform = FeatureTransform.from_bytes(artifact.storage.read_bytes(artifact.path(TRANSFORM_FILE)))
-    else:
-        transform = FeatureTransform(kind)
+    kind, path = context.stage.config["partition"]["transform"], artifact.path(TRANSFORM_FILE)
+    transform = read_transform(artifact.storage, path) if kind in PROJECTIONS else FeatureTransform(kind)
     labels = Labels(arrays["tags"], arrays["offsets"])
     return Sample(arrays["ids"], transform(arrays["features"].astype(np.float32)), labels)
 

@@ -20,15 +20,17 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from hardmoe.arrays import load_arrays, save_arrays
 from hardmoe.config import Json
-from hardmoe.errors import DataError
+from hardmoe.errors import CorruptFileError, DataError
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.moments import GRID_BITS, Moments
 from hardmoe.partitioning.scan import blas_threads
 from hardmoe.partitioning.transform import PROJECTIONS, FeatureTransform, Projection, TransformKind
 from hardmoe.stage import Completion, DriverContext, Phase, Unit, UnitContext
+from hardmoe.storage import Storage
 
 MOMENTS, DIRECTIONS = TRANSFORM_PHASES = ("moments", "directions")
 
@@ -80,8 +82,7 @@ def transform_phases(
     moments = [done.scratch["moments"] for done in summed]
     (found,) = yield Phase(DIRECTIONS, [Unit("all", {"moments": moments})])
     path = found.scratch["transform"]
-    transform = FeatureTransform.from_bytes(context.storage.read_bytes(path))
-    return Fitted(transform, found.payload["explained"], {"transform": path})
+    return Fitted(read_transform(context.storage, path), found.payload["explained"], {"transform": path})
 
 
 def run_transform(context: UnitContext, features: Iterable[NDArray[np.float32]], config: PartitionConfig) -> Json:
@@ -104,7 +105,19 @@ def run_transform(context: UnitContext, features: Iterable[NDArray[np.float32]],
 def load_transform(context: UnitContext, config: PartitionConfig) -> FeatureTransform:
     """The transform that a unit with `Fitted.arguments` uses."""
     path = context.unit.arguments.get("transform")
-    return FeatureTransform(config.transform) if path is None else FeatureTransform.from_bytes(context.storage.read_bytes(path))
+    return FeatureTransform(config.transform) if path is None else read_transform(context.storage, path)
+
+
+def read_transform(storage: Storage, path: str) -> FeatureTransform:
+    """The transform that a file holds.
+
+    Raises:
+        CorruptFileError: the file is truncated or damaged.
+    """
+    try:
+        return FeatureTransform.from_bytes(storage.read_bytes(path))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CorruptFileError(f"{storage.where(path)} is damaged: {error}") from error
 
 
 def sum_moments(features: Iterable[NDArray[np.float32]]) -> Moments:
