@@ -12,6 +12,7 @@ from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.checks import check_before_building, taken_over
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
 from hardmoe.cli.notices import tell_about_data
+from hardmoe.config import Json
 from hardmoe.data.schemas import SPLITS
 from hardmoe.errors import RecipeError
 from hardmoe.execution.backend import Backend
@@ -99,6 +100,10 @@ def print_parts(built: Built) -> None:
         copies = [str(counts[expert]) for counts in extra.values()]
         rows.append((expert_name(expert), *sizes, "-" if distance is None else f"{distance:.3f}", *copies))
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
+    if projected := _router_facts(built).get("transform"):
+        whitened, share = ", whitened" if projected["kind"] == "whiten" else "", _percent(projected["explained"])
+        directions = f"{projected['components']} principal directions of {projected['of']}{whitened}"
+        click.echo(f"\nby distances along {directions}: {share} of the features' variance")
     if elsewhere := payload.get("routed_elsewhere"):
         counts = ", ".join(f"{elsewhere[split]} of {sum(payload['sizes'][split])} {split}" for split in SPLITS)
         click.echo(f"\nexamples that the router would send to another part than the one given: {counts}")
@@ -109,6 +114,13 @@ def print_parts(built: Built) -> None:
             f"\nbalanced to {balance['capacity']} training examples a part, at most {100 * above:.3f} % above the least possible "
             f"cost; {elsewhere} of {examples} ({_percent(elsewhere / examples)}) serve elsewhere than they trained"
         )
+
+
+def _router_facts(built: Built) -> Mapping[str, Json]:
+    """What the router's record says; nothing where parts are random."""
+    names = {stage.name for stage in built.plan.stages}
+    facts: Mapping[str, Json] = built.artifact("router").payload if "router" in names else {}
+    return facts
 
 
 def print_experts(built: Built) -> None:

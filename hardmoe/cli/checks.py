@@ -1,8 +1,9 @@
 """What is looked at before anything is started: everything that would otherwise fail hours later, or not at all.
 
 A misspelt root in `reuse`, a root that was taken from and is gone, a backbone that does not exist or does not take images of
-this size, a unified space that is too wide, a dataset with nothing to evaluate on. Rejected: leaving these to the stage that
-stumbles over them, which is after the ingestion of all images, or after the training of all experts.
+this size, a unified space that is too wide, more principal directions than features have dimensions, a dataset with nothing to
+evaluate on. Rejected: leaving these to the stage that stumbles over them, which is after the ingestion of all images, or after
+the training of all experts.
 """
 
 from hardmoe.artifacts.record import RECORD_NAME, parse_record
@@ -16,6 +17,8 @@ from hardmoe.recipe import Recipe
 from hardmoe.storage import open_storage
 
 _NETWORKS = ("trunk", "expert")
+_PROJECTING = ("router", "given-router", "sweep-sample")
+"""Kinds of stages that fit principal directions."""
 
 
 def check_before_building(recipe: Recipe, plan: Plan) -> None:
@@ -35,6 +38,8 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
             if (artifact := plan.artifacts.get(name)) is not None:
                 _check_origin(artifact)
     missing = {stage.kind for stage in plan.missing}
+    if recipe.partition.components is not None and missing & {*_PROJECTING}:
+        _check_components(recipe.partition.components, _features_width(recipe, plan))
     if missing & {*_NETWORKS, "decoder"}:
         width = _probed_width(recipe) if missing & {*_NETWORKS} else _trained_width(recipe, plan)
         if width is not None and recipe.decoder.dim is not None:
@@ -112,6 +117,28 @@ def _trained_width(recipe: Recipe, plan: Plan) -> int | None:
             width: int = artifact.payload["num_features"]
             return width
     return None
+
+
+def _features_width(recipe: Recipe, plan: Plan) -> int | None:
+    """Width of the features that the partition goes by; None where only their files know."""
+    width: int | None = None
+    if (features := plan.artifacts.get("features")) is not None:
+        width = features.payload["dim"]
+    elif (trunk := plan.artifacts.get("trunk")) is not None and not recipe.features.path:
+        width = trunk.payload["num_features"]
+    elif not recipe.features.path:
+        from hardmoe.models.probe import probe_backbone
+
+        width = probe_backbone(recipe.trunk.backbone, image_size=recipe.trunk.image_size, stem=recipe.trunk.stem)
+    return width
+
+
+def _check_components(components: int, width: int | None) -> None:
+    if width is not None and components > width:
+        raise RecipeError(
+            f"partition.components is {components}, but the features have {width} dimensions; set it to {width} or less, "
+            "or leave it out"
+        )
 
 
 def _check_decoder(dim: int, width: int) -> None:

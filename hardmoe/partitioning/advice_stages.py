@@ -21,6 +21,11 @@ _SAMPLE_VERSION = 1
 _SWEEP_VERSION = 1
 _KEY_LENGTH = 8
 
+_OF_THE_SAMPLE = ("sample_size", "transform", "components")
+"""Keys that decide what is drawn."""
+_OF_THE_FITS = (*_OF_THE_SAMPLE, "max_passes", "tolerance", "spherical")
+"""Keys that decide what is fitted to it."""
+
 
 def sweep_stages(config: PartitionConfig, counts: Sequence[int], num_seeds: int, seed: int) -> list[Stage]:
     """The sample, then a stage for every number of parts.
@@ -31,7 +36,7 @@ def sweep_stages(config: PartitionConfig, counts: Sequence[int], num_seeds: int,
         num_seeds: so many fits of each.
         seed: the recipe's seed.
     """
-    drawn = {"partition": {"sample_size": config.sample_size, "transform": config.transform}, "seed": seed}
+    drawn = {"partition": _settings(config, _OF_THE_SAMPLE), "seed": seed}
     sample = Stage(
         name=f"{SWEEP}/sample-{_key(drawn, _SAMPLE_VERSION)}",
         kind="sweep-sample",
@@ -41,10 +46,14 @@ def sweep_stages(config: PartitionConfig, counts: Sequence[int], num_seeds: int,
         inputs={"features": "features", "vocabulary": "vocabulary"},
         work="hardmoe.partitioning.sweep_sample:SampleWork",
     )
-    settings = config.model_dump(mode="json", include={"sample_size", "transform", "max_passes", "tolerance"})
-    common = {"partition": settings, "seeds": num_seeds, "seed": seed}
+    common = {"partition": _settings(config, _OF_THE_FITS), "seeds": num_seeds, "seed": seed}
     key = _key(common, _SWEEP_VERSION)
     return [sample, *(_sweep_stage(f"{SWEEP}/k-{count:04d}-{key}", count, common, sample.name) for count in counts)]
+
+
+def _settings(config: PartitionConfig, names: Sequence[str]) -> dict[str, Json]:
+    """What the recipe says of these keys; of those that came later, nothing while they have their default."""
+    return {name: value for name, value in config.identity().items() if name in names}
 
 
 def _sweep_stage(name: str, count: int, common: Mapping[str, Json], sample: str) -> Stage:

@@ -29,8 +29,15 @@ class PartitionConfig(Config):
     out_of_part_fraction: float = added(0.0, ge=0.0, lt=1.0)
     """Share of every expert's training images that are drawn, by hash, from the other parts, such as 0.02."""
 
-    transform: Literal["none", "l2"] = "l2"
-    """What is done to a feature before distances are measured: `l2` scales it to length 1, so that distance means angle."""
+    transform: Literal["none", "l2", "pca", "whiten"] = "l2"
+    """What is done to a feature before distances are measured: `l2` scales it to length 1, so that distance means angle; `pca`
+    does so with what its distance from the mean is along principal directions; `whiten`, with directions of equal variance."""
+
+    components: int | None = added(None, ge=1)
+    """With `pca` and `whiten`, so many principal directions, such as 64; null: all whose variance is not lost in rounding."""
+
+    spherical: bool = added(False)
+    """Whether k-means scales its centroids to length 1, so that a part is those images whose direction is nearest to its own."""
 
     sample_size: int = Field(262_144, ge=1)
     """At most so many features, drawn by hash, choose the first centroids. Every feature takes part in every later pass."""
@@ -62,6 +69,29 @@ class PartitionConfig(Config):
         if self.method != "balanced" and self.slack != _SLACK:
             raise ValueError(
                 f"slack {self.slack:g} does nothing with method '{self.method}': set method: balanced, or leave slack out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _components_have_directions(self) -> Self:
+        if self.components is not None and self.transform in ("none", "l2"):
+            raise ValueError(
+                f"components {self.components} does nothing with transform '{self.transform}', which has no principal "
+                "directions: set transform: pca or whiten, or leave components out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sphere_has_points(self) -> Self:
+        if self.spherical and not self.is_fitted:
+            raise ValueError(
+                f"spherical k-means needs a fit, and method '{self.method}' makes none: set method: kmeans or balanced, or leave "
+                "spherical out"
+            )
+        if self.spherical and self.transform == "none":
+            raise ValueError(
+                "spherical k-means needs features of length 1, and transform 'none' leaves them as they are: "
+                "set transform: l2, pca or whiten, or leave spherical out"
             )
         return self
 

@@ -1,15 +1,16 @@
 """The router stage: k-means over all training features, pass by pass, every pass a set of units with durable sums.
 
-The driver's part is `kmeans.refine` with the passes yielded as phases, so a killed fit is replayed from the sums of the
-passes that finished and costs at most the unfinished shards of one. Rejected: one unit for the whole fit, which uses one
-worker and loses everything, and a checkpoint of the centroids alone, which hides which rows they came from.
+Where the features are to be projected on principal directions, these are fitted first (`transform_fit`). The driver's part is
+`kmeans.refine` with the passes yielded as phases, so a killed fit is replayed from the sums of the passes that finished and
+costs at most the unfinished shards of one. Rejected: one unit for the whole fit, which uses one worker and loses everything,
+and a checkpoint of the centroids alone, which hides which rows they came from.
 
 Shape letters: N examples, D feature dim, S examples of the sample, K clusters.
 """
 
 import io
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,10 @@ from hardmoe.hashing import hash_fractions
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.kmeans import KMeansFit, PassSums, best_start, refine, scan_batch, start_centroids, start_rows
-from hardmoe.partitioning.router import FeatureTransform, Router
+from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.scan import blas_threads
+from hardmoe.partitioning.transform import FeatureTransform
+from hardmoe.partitioning.transform_fit import TRANSFORM_PHASES, load_transform, run_transform, transform_phases
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, iterate_table, vectors_to_array
 
@@ -47,14 +50,16 @@ class RouterWork:
                 f"ask for {num_examples} experts at most, or add data"
             )
         fraction = min(1.0, min(config.sample_size, _SPARE * start_rows(config.experts)) / num_examples)
-        sampled = yield Phase("sample", [Unit(f"{i:05d}", {"path": p, "fraction": fraction}) for i, p in enumerate(paths)])
+        fitted = yield from transform_phases(context, config, paths, features.payload["dim"])
+        shards = [{"path": path, **fitted.arguments} for path in paths]
+        sampled = yield Phase("sample", [Unit(f"{i:05d}", {**shard, "fraction": fraction}) for i, shard in enumerate(shards)])
         shared = context.share("samples.json", json.dumps([done.scratch["sample"] for done in sampled]).encode())
         attempts = [Unit(f"{i:02d}", {"samples": shared, "attempt": i}) for i in range(config.restarts)]
         started = yield Phase("start", attempts)
         starts = [_read_fit(context, done) for done in started]
-        fit = yield from self._passes(context, paths, best_start(starts).centroids_KD, config)
+        fit = yield from self._passes(context, shards, best_start(starts).centroids_KD, config)
         _check_collapse(fit, config)
-        router = Router(FeatureTransform(config.transform), fit.centroids_KD)
+        router = Router(fitted.transform, fit.centroids_KD)
         payload = {
             "experts": config.experts,
             "dim": router.dim,
@@ -63,20 +68,22 @@ class RouterWork:
             "reseeded": [{"pass": number, "expert": expert} for number, expert in fit.reseeded],
             "sample": sum(done.payload["rows"] for done in sampled),
             "starts": [start.objective_per_pass[-1] for start in starts],
-            "zero_vectors": sum(done.payload["zero_vectors"] for done in sampled),
+            **fitted.facts,
         }
+        if fitted.transform.projection is None:  # else such a feature has a direction like any other
+            payload["zero_vectors"] = sum(done.payload["zero_vectors"] for done in sampled)
         return Finished(payload, router.to_files())
 
     def _passes(
-        self, context: DriverContext, paths: list[str], start_KD: NDArray[np.float32], config: PartitionConfig
+        self, context: DriverContext, shards: Sequence[Json], start_KD: NDArray[np.float32], config: PartitionConfig
     ) -> Generator[Phase, list[Completion], KMeansFit]:
         """Drive `refine`: each pass that it asks for becomes a phase, and the phase's sums are its answer."""
-        refining = refine(start_KD, config.max_passes, config.tolerance)
+        refining = refine(start_KD, config.max_passes, config.tolerance, config.spherical)
         try:
             number, centroids_KD = next(refining)
             while True:
                 shared = context.share(f"centroids-{number:04d}.npy", _to_npy(centroids_KD))
-                units = [Unit(f"{i:05d}", {"path": path, "centroids": shared}) for i, path in enumerate(paths)]
+                units = [Unit(f"{i:05d}", {**shard, "centroids": shared}) for i, shard in enumerate(shards)]
                 done = yield Phase(f"pass-{number:04d}", units)
                 total = PassSums.zero(*centroids_KD.shape)
                 for completion in done:
@@ -87,7 +94,7 @@ class RouterWork:
             return fit
 
     def run(self, context: UnitContext) -> Json:
-        """A shard's share of the sample, or of a pass; or one start."""
+        """A shard's share of the sample, or of a pass; one start; or what the transform's fit consists of."""
         with blas_threads(context.stage.resources.num_cpus):
             return self._run(context)
 
@@ -95,8 +102,11 @@ class RouterWork:
         if context.phase == "start":
             return _start(context)
         config = context.stage.section(PartitionConfig, "partition")
-        features, path = context.input("features"), context.unit.arguments["path"]
-        transform = FeatureTransform(config.transform)
+        features = context.input("features")
+        if context.phase in TRANSFORM_PHASES:
+            paths = context.unit.arguments.get("paths", [])
+            return run_transform(context, (vectors for path in paths for _, vectors in read_features(features, path)), config)
+        path, transform = context.unit.arguments["path"], load_transform(context, config)
         if context.phase == "sample":
             return _sample(context, features, path, transform)
         centroids_KD = np.load(io.BytesIO(context.storage.read_bytes(context.unit.arguments["centroids"])), allow_pickle=False)
@@ -136,7 +146,8 @@ def _start(context: UnitContext) -> Json:
     sample_SD = np.concatenate([sample["features"] for sample in samples])
     ids_S16 = np.concatenate([sample["ids"] for sample in samples])
     experts = settings["partition"]["experts"]
-    found = start_centroids(sample_SD, ids_S16, experts, settings["seed"], arguments["attempt"])
+    spherical = settings["partition"].get("spherical", False)
+    found = start_centroids(sample_SD, ids_S16, experts, settings["seed"], arguments["attempt"], spherical)
     save_arrays(context.scratch("centroids"), {"centroids": found.centroids_KD})
     return {"objective": found.objective_per_pass, "converged": found.converged}
 

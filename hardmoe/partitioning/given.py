@@ -22,7 +22,8 @@ from hardmoe.neighbours.assignment import Assignment
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.exact_sums import ClusterSums
 from hardmoe.partitioning.fit import read_features
-from hardmoe.partitioning.router import FeatureTransform, Router
+from hardmoe.partitioning.router import Router
+from hardmoe.partitioning.transform_fit import TRANSFORM_PHASES, load_transform, run_transform, transform_phases
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, read_table
 
@@ -38,8 +39,9 @@ class GivenRouterWork:
         features = context.input("features")
         prefix = features.path("")
         paths = [path.removeprefix(prefix).lstrip("/") for path in features.files("split=train/")]
-        summed = yield Phase("sum", [Unit(f"{index:05d}", {"path": path}) for index, path in enumerate(paths)])
-        total = ClusterSums.zero(config.experts, features.payload["dim"])
+        fitted = yield from transform_phases(context, config, paths, features.payload["dim"])
+        summed = yield Phase("sum", [Unit(f"{i:05d}", {"path": path, **fitted.arguments}) for i, path in enumerate(paths)])
+        total = ClusterSums.zero(config.experts, fitted.transform.width(features.payload["dim"]))
         for done in summed:
             total += ClusterSums.from_arrays(load_arrays(context.storage, done.scratch["sums"]))
         if len(empty := np.flatnonzero(total.counts_K == 0)):
@@ -48,18 +50,22 @@ class GivenRouterWork:
                 "so it has no centroid; add examples to it, or join it with another part and lower partition.experts"
             )
         centroids_KD = (total.totals_KD / total.counts_K[:, None]).astype(np.float32)
-        router = Router(FeatureTransform(config.transform), centroids_KD)
+        router = Router(fitted.transform, centroids_KD)
         # No k-means was fitted, so there is no objective that could have converged.
         payload = {"experts": config.experts, "dim": router.dim, "objective": [], "converged": True, "reseeded": []}
+        payload |= fitted.facts
         return Finished(payload, router.to_files())
 
     def run(self, context: UnitContext) -> Json:
-        """The sums of one shard."""
+        """The sums of one shard, or what the transform's fit consists of."""
         config = context.stage.section(PartitionConfig, "partition")
-        features, path = context.input("features"), context.unit.arguments["path"]
+        features = context.input("features")
+        if context.phase in TRANSFORM_PHASES:
+            paths = [features.path(path) for path in context.unit.arguments.get("paths", [])]
+            return run_transform(context, (vectors for path in paths for _, vectors in read_features(features, path)), config)
+        path, transform = context.unit.arguments["path"], load_transform(context, config)
         ids_N16, parts_N = read_parts(context.input("dataset"), path)
-        transform = FeatureTransform(config.transform)
-        total = ClusterSums.zero(config.experts, features.payload["dim"])
+        total = ClusterSums.zero(config.experts, transform.width(features.payload["dim"]))
         start = 0
         for ids_n16, features_nD in read_features(features, features.path(path)):
             rows = slice(start, start + len(ids_n16))

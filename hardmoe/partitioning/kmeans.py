@@ -9,8 +9,10 @@
 Three things make it order-free: the assignment is exact (`neighbours.assignment`), the sums are integers (`exact_sums`),
 and chance is a hash of the seed, the step and the example id. Centroids keep the order in which they were seeded: number
 k is the k-th point drawn, moved by the passes; sorting them afterwards by size or coordinate would let a small change of
-the data renumber every expert. With unit features the centroids are plain means, not scaled back to the sphere: the router
-measures Euclidean distance, and Lloyd's monotone descent holds for means only.
+the data renumber every expert. With unit features the centroids are plain means, unless k-means is asked to be spherical: then
+every mean is scaled back to length 1, and a part is those rows whose angle with its centroid is smallest. The router measures
+Euclidean distance either way, which among centroids of one length ranks as the cosine does, and the descent is as monotone:
+of all points of the sphere the scaled mean is the one with the smallest sum of squared distances to its rows.
 
 Rejected: `faiss.Kmeans` and `sklearn.cluster.KMeans` (float32 counts; everything in memory; the result depends on the
 order of the rows), and mini-batch k-means (the result depends on the order of the batches by construction).
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 
 from hardmoe.errors import DataError
 from hardmoe.hashing import derive_seed, hash_ids
+from hardmoe.neighbours.assignment import sum_of_squares
 from hardmoe.neighbours.engine import Engine, choose_engine
 from hardmoe.partitioning.exact_sums import ClusterSums, FarthestPoints
 from hardmoe.partitioning.scan import blas_threads, scan
@@ -84,6 +87,8 @@ class FitOptions:
     """Rows scanned at a time; changes nothing but the memory used."""
     num_threads: int = 1
     """Batches scanned at once."""
+    spherical: bool = False
+    """See `update`."""
 
 
 @dataclass(frozen=True)
@@ -139,20 +144,32 @@ def scan_batch(
     return PassSums(sums, FarthestPoints.from_batch(features_ND, ids_N16, assignment, min(num_clusters, _MOST_RESEEDS)))
 
 
-def update(found: PassSums, centroids_KD: NDArray[np.float32]) -> Updated:
+def update(found: PassSums, centroids_KD: NDArray[np.float32], spherical: bool = False) -> Updated:
     """Move every centroid to the mean of its rows, and empty clusters to the rows farthest from their centroids.
 
     The mean is the exact sum rounded to float64, divided, and rounded to float32. The k-th empty cluster, by number, takes
     the k-th farthest distinct point, by (distance, id).
+
+    Args:
+        found: in a pass over all rows.
+        centroids_KD: those it went by, float32 [K, D].
+        spherical: scale every mean to length 1 before it is rounded to float32, its length summed in float64 in the order of
+            `sum_of_squares`. A mean of length 0 has no direction, so its cluster keeps its centroid; nor has a row that is
+            zero, where no cluster starts anew.
     """
     counts_K = found.sums.counts_K
     occupied_K = counts_K > 0
     means_KD = found.sums.totals_KD[occupied_K] / counts_K[occupied_K, None]
+    points_MD = found.farthest.features_MD
     moved_KD = centroids_KD.copy()
+    if spherical:
+        lengths_K = np.sqrt(sum_of_squares(means_KD.copy()))[:, None]
+        means_KD = np.divide(means_KD, lengths_K, where=lengths_K > 0.0, out=centroids_KD[occupied_K].astype(np.float64))
+        points_MD = points_MD[points_MD.any(axis=1)]
     moved_KD[occupied_K] = means_KD.astype(np.float32)
     empty = np.flatnonzero(~occupied_K)
-    reseeded = empty[: len(found.farthest.features_MD)]
-    moved_KD[reseeded] = found.farthest.features_MD[: len(reseeded)]
+    reseeded = empty[: len(points_MD)]
+    moved_KD[reseeded] = points_MD[: len(reseeded)]
     return Updated(moved_KD, empty.tolist(), reseeded.tolist())
 
 
@@ -162,7 +179,7 @@ def has_converged(previous_objective: float | None, objective: float, tolerance:
 
 
 def refine(
-    centroids_KD: NDArray[np.float32], max_passes: int, tolerance: float
+    centroids_KD: NDArray[np.float32], max_passes: int, tolerance: float, spherical: bool = False
 ) -> Generator[tuple[int, NDArray[np.float32]], PassSums, KMeansFit]:
     """Lloyd's passes until they converge, as a generator, so that a pass may be a loop here or a phase of a cluster.
 
@@ -173,12 +190,13 @@ def refine(
         centroids_KD: where to start, float32 [K, D].
         max_passes: at most this many passes.
         tolerance: see `has_converged`. A pass that started a cluster anew never counts as converged.
+        spherical: see `update`; the centroids to start from must have length 1 then.
     """
     objectives: list[float] = []
     reseeded: list[tuple[int, int]] = []
     for number in range(max_passes):
         found = yield number, centroids_KD
-        updated = update(found, centroids_KD)
+        updated = update(found, centroids_KD, spherical)
         centroids_KD = updated.centroids_KD
         previous = objectives[-1] if objectives else None
         objectives.append(found.sums.objective)
@@ -189,10 +207,14 @@ def refine(
 
 
 def refine_with(
-    scan: Callable[[NDArray[np.float32]], PassSums], centroids_KD: NDArray[np.float32], max_passes: int, tolerance: float
+    scan: Callable[[NDArray[np.float32]], PassSums],
+    centroids_KD: NDArray[np.float32],
+    max_passes: int,
+    tolerance: float,
+    spherical: bool = False,
 ) -> KMeansFit:
     """Drive `refine` with a function that scans all rows against the centroids it is given."""
-    refining = refine(centroids_KD, max_passes, tolerance)
+    refining = refine(centroids_KD, max_passes, tolerance, spherical)
     try:
         _, centroids_KD = next(refining)
         while True:
@@ -208,7 +230,12 @@ def start_rows(num_clusters: int) -> int:
 
 
 def start_centroids(
-    sample_SD: NDArray[np.float32], ids_S16: NDArray[np.uint8], num_clusters: int, seed: int, attempt: int = 0
+    sample_SD: NDArray[np.float32],
+    ids_S16: NDArray[np.uint8],
+    num_clusters: int,
+    seed: int,
+    attempt: int = 0,
+    spherical: bool = False,
 ) -> KMeansFit:
     """Centroids to begin the passes over all rows with: k-means++ on a few rows of the sample, then passes over some more.
 
@@ -222,23 +249,25 @@ def start_centroids(
         num_clusters: K.
         seed: the recipe's seed.
         attempt: number of the restart; each draws its own seeds over the same rows, so that their objectives can be compared.
+        spherical: see `update`; no centroid starts at a row that is zero then.
 
     Raises:
         DataError: the sample holds fewer distinct features than clusters, or NaN or infinity.
     """
     order_S = np.argsort(hash_ids(ids_S16, seed, "kmeans-start"), kind="stable")
-    first = order_S[: max(_LEAST_SEED_ROWS, _SEED_ROWS_PER_CLUSTER * num_clusters)]
+    seedable = order_S[np.count_nonzero(sample_SD, axis=1)[order_S] > 0] if spherical else order_S
+    first = seedable[: max(_LEAST_SEED_ROWS, _SEED_ROWS_PER_CLUSTER * num_clusters)]
     more = order_S[: start_rows(num_clusters)]
     attempt_seed = seed if attempt == 0 else derive_seed(seed, "restart", attempt)
     try:
         seeds_KD = seed_centroids(sample_SD[first], ids_S16[first], num_clusters, attempt_seed)
     except DataError:
-        if len(first) == len(sample_SD):
+        if len(first) == len(seedable):
             raise
         # So many copies that a few rows do not hold K distinct ones; all rows may.
-        seeds_KD = seed_centroids(sample_SD, ids_S16, num_clusters, attempt_seed)
+        seeds_KD = seed_centroids(sample_SD[seedable], ids_S16[seedable], num_clusters, attempt_seed)
     scan_some = _scan_in_memory(sample_SD[more], ids_S16[more], FitOptions.batch_size, map)
-    return refine_with(scan_some, seeds_KD, _START_PASSES, _START_TOLERANCE)
+    return refine_with(scan_some, seeds_KD, _START_PASSES, _START_TOLERANCE, spherical)
 
 
 def fit(
@@ -257,11 +286,11 @@ def fit(
         DataError: fewer distinct features than clusters, or a feature that is not finite or too large.
     """
     options = options or FitOptions()
-    start = partial(start_centroids, features_ND, ids_N16, num_clusters, seed)
+    start = partial(start_centroids, features_ND, ids_N16, num_clusters, seed, spherical=options.spherical)
     with blas_threads(1), ThreadPoolExecutor(options.num_threads) as pool:
         start_KD = best_start(list(pool.map(start, range(options.restarts)))).centroids_KD
         scan_all = _scan_in_memory(features_ND, ids_N16, options.batch_size, pool.map)
-        return refine_with(scan_all, start_KD, options.max_passes, options.tolerance)
+        return refine_with(scan_all, start_KD, options.max_passes, options.tolerance, options.spherical)
 
 
 def best_start(starts: Sequence[KMeansFit]) -> KMeansFit:

@@ -4,65 +4,28 @@ The same object routes a shard of ten million features and one image of a reques
 one stated order; the answer depends on neither its neighbours nor the machine's BLAS. Rejected: `x / np.linalg.norm` in
 float32 and distances from a matrix product, which send some rows elsewhere when they are batched differently.
 
-Shape letters: N examples, D feature dim, K experts.
+Shape letters: N examples, F width of the trunk's features, D feature dim after the transform (F but for a projection), K experts.
 """
 
 import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, cast, get_args
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors import numpy as safetensors_numpy
 
+from hardmoe.config import Json
 from hardmoe.errors import CorruptFileError, DataError
-from hardmoe.neighbours.assignment import Assignment, assign, sum_of_squares
+from hardmoe.neighbours.assignment import Assignment, assign
 from hardmoe.neighbours.engine import Engine, choose_engine
-
-TransformKind = Literal["none", "l2"]
+from hardmoe.partitioning.transform import FeatureTransform
 
 CENTROIDS_FILE = "centroids.npy"
 TRANSFORM_FILE = "transform.safetensors"
 DESCRIPTION_FILE = "router.json"
-
-_BLOCK_ELEMENTS = 2**16  # float64 values of a block: 512 kB stays in one core's cache
-
-
-@dataclass(frozen=True)
-class FeatureTransform:
-    """What is done to a feature before distances are measured.
-
-    Attributes:
-        kind: `none`, or `l2`: divided by its length, which is summed in float64 in the order of `sum_of_squares`; the
-            quotient is rounded to float32. A zero vector stays zero.
-    """
-
-    kind: TransformKind
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(TransformKind):
-            raise ValueError(f"unknown transform {self.kind!r}: expected one of {', '.join(get_args(TransformKind))}")
-
-    def __call__(self, features_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Transform every row by itself: float32 [N, D] to float32 [N, D]. The input is not changed; NaN stays NaN."""
-        if features_ND.dtype != np.float32 or features_ND.ndim != 2:
-            raise ValueError(f"features must be float32 [N, D], not {features_ND.dtype} {list(features_ND.shape)}")
-        if self.kind == "none":
-            return features_ND
-        transformed_ND = np.empty(features_ND.shape, np.float32)
-        block = max(1, _BLOCK_ELEMENTS // max(1, features_ND.shape[1]))
-        for start in range(0, len(features_ND), block):
-            transformed_ND[start : start + block] = _to_unit_length(features_ND[start : start + block])
-        return transformed_ND
-
-
-def _to_unit_length(features_ND: NDArray[np.float32]) -> NDArray[np.float64]:
-    lengths_N = np.sqrt(sum_of_squares(features_ND.astype(np.float64, order="C")))
-    with np.errstate(invalid="ignore"):  # an infinite feature becomes NaN here and is refused by the assignment
-        return np.divide(features_ND, np.where(lengths_N == 0.0, 1.0, lengths_N)[:, None], dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +43,9 @@ class Router:
     def __post_init__(self) -> None:
         if self.centroids_KD.dtype != np.float32 or self.centroids_KD.ndim != 2 or 0 in self.centroids_KD.shape:
             raise ValueError(f"centroids must be float32 [K, D], not {self.centroids_KD.dtype} {list(self.centroids_KD.shape)}")
+        projection, width = self.transform.projection, self.centroids_KD.shape[1]
+        if projection is not None and len(projection.directions_PD) != width:
+            raise ValueError(f"centroids of width {width} do not fit {len(projection.directions_PD)} principal directions")
 
     @property
     def num_experts(self) -> int:
@@ -88,39 +54,35 @@ class Router:
 
     @property
     def dim(self) -> int:
-        """D, the width of the trunk's features."""
-        return int(self.centroids_KD.shape[1])
+        """F, the width of the trunk's features."""
+        projection = self.transform.projection
+        return int(self.centroids_KD.shape[1]) if projection is None else projection.dim
 
-    def route(self, features_ND: NDArray[np.float32], engine: Engine | None = None) -> Assignment:
+    def route(self, features_NF: NDArray[np.float32], engine: Engine | None = None) -> Assignment:
         """Assign every feature to an expert; the same answer for a row alone as among any others.
 
         Args:
-            features_ND: the trunk's features, float32 [N, D].
+            features_NF: the trunk's features, float32 [N, F].
             engine: who searches; by default the fastest that works here. The answer does not depend on it.
 
         Raises:
-            DataError: the features have another width than the centroids, or are not finite.
+            DataError: the features have another width than those it was fitted on, are not finite, or too large to be projected.
         """
-        if features_ND.ndim == 2 and features_ND.shape[1] != self.dim:
+        if features_NF.ndim == 2 and features_NF.shape[1] != self.dim:
             raise DataError(
-                f"features of width {features_ND.shape[1]} cannot be routed by centroids of width {self.dim}: "
-                "use the trunk that this router was fitted with, or fit the router again"
+                f"features of width {features_NF.shape[1]} cannot be routed by a router that was fitted on width {self.dim}: "
+                "use the trunk that it was fitted with, or fit the router again"
             )
-        return assign(self.transform(features_ND), self.centroids_KD, engine or choose_engine())
+        return assign(self.transform(features_NF), self.centroids_KD, engine or choose_engine())
 
     def to_files(self) -> dict[str, bytes]:
         """Contents of `centroids.npy`, `transform.safetensors` and `router.json`, by file name; equal routers, equal bytes."""
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(self.centroids_KD, dtype="<f4"), allow_pickle=False)
-        description = {
-            "dim": self.dim,
-            "distance": "squared_euclidean",
-            "experts": self.num_experts,
-            "transform": {"kind": self.transform.kind},
-        }
+        description = {**self._description(), "distance": "squared_euclidean"}
         return {
             CENTROIDS_FILE: buffer.getvalue(),
-            TRANSFORM_FILE: safetensors_numpy.save({}, metadata={"kind": self.transform.kind}),
+            TRANSFORM_FILE: self.transform.to_bytes(),
             DESCRIPTION_FILE: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
         }
 
@@ -136,15 +98,27 @@ class Router:
                 raise CorruptFileError(f"the router has no {name}: fit the router again")
         try:
             centroids_KD = np.load(io.BytesIO(files[CENTROIDS_FILE]), allow_pickle=False).astype(np.float32, copy=False)
-            safetensors_numpy.load(files[TRANSFORM_FILE])
-            description = json.loads(files[DESCRIPTION_FILE])
-            kind, shape = description["transform"]["kind"], (description["experts"], description["dim"])
-            router = cls(FeatureTransform(cast(TransformKind, kind)), centroids_KD)
+            router = cls(FeatureTransform.from_bytes(files[TRANSFORM_FILE]), centroids_KD)
+            told = json.loads(files[DESCRIPTION_FILE])
+            told = {key: told[key] for key in ("experts", "dim", "transform")}
         except (ValueError, EOFError, KeyError, TypeError, SafetensorError) as error:
             raise CorruptFileError(f"the router's files cannot be read ({error}): fit the router again") from error
-        if centroids_KD.shape != shape:
+        if told != (found := router._description()):
             raise CorruptFileError(
-                f"{DESCRIPTION_FILE} speaks of {shape[0]} experts of width {shape[1]}, {CENTROIDS_FILE} holds "
-                f"{list(centroids_KD.shape)}: fit the router again"
+                f"{DESCRIPTION_FILE} speaks of {_in_words(told)}, {CENTROIDS_FILE} and {TRANSFORM_FILE} hold {_in_words(found)}: "
+                "fit the router again"
             )
         return router
+
+    def _description(self) -> dict[str, Json]:
+        """What `router.json` says that the other files must agree with."""
+        transform: dict[str, Json] = {"kind": self.transform.kind}
+        if self.transform.projection is not None:
+            transform["components"] = len(self.transform.projection.directions_PD)
+        return {"dim": self.dim, "experts": self.num_experts, "transform": transform}
+
+
+def _in_words(description: Mapping[str, Json]) -> str:
+    """A description as a part of a sentence, whatever it holds."""
+    transform = json.dumps(description["transform"], sort_keys=True)
+    return f"{description['experts']} experts for features of width {description['dim']} and the transform {transform}"

@@ -7,6 +7,8 @@ _EXTRA_COPIES = ("overlap", "out_of_part_fraction")
 """Keys that come into play once every example has its part."""
 _AFTER_THE_FIT = ("slack", *_EXTRA_COPIES)
 """Keys that no centroid depends on."""
+_OF_GIVEN_PARTS = ("experts", "method", "transform", "components")
+"""Keys that the means of given parts depend on."""
 
 
 def router_stage(config: PartitionConfig, seed: int) -> Stage:
@@ -17,7 +19,7 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
             name="router",
             kind="given-router",
             version=1,
-            config={"partition": {name: config.identity()[name] for name in ("experts", "method", "transform")}},
+            config={"partition": {name: value for name, value in config.identity().items() if name in _OF_GIVEN_PARTS}},
             inputs={"dataset": "dataset", "features": "features"},
             work="hardmoe.partitioning.given:GivenRouterWork",
         )

@@ -55,7 +55,8 @@ class SweepWork:
         """One fit."""
         settings, parts, seed = context.stage.config["partition"], context.stage.config["parts"], context.unit.arguments["seed"]
         sample = load_sample(context)
-        found = fit(sample.features_SD, sample.ids_S16, parts, seed, FitOptions(settings["max_passes"], settings["tolerance"]))
+        options = FitOptions(settings["max_passes"], settings["tolerance"], spherical=settings.get("spherical", False))
+        found = fit(sample.features_SD, sample.ids_S16, parts, seed, options)
         # Assigned once more: the fit's last objective is that of the centroids before its last step.
         assignment = assign(sample.features_SD, found.centroids_KD, choose_engine())
         save_arrays(context.scratch("parts"), {"parts": assignment.primary_N})

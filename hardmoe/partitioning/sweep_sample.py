@@ -2,7 +2,8 @@
 
 Drawn once, by the rule by which the router draws its sample, and kept as one file, in the order of the ids: every fit of a
 sweep, and of the next one, reads it whole instead of the features, and knows nothing of how they are sharded. It is as large
-as the sample's features (268 MB for 262,144 of 512 dimensions). Rejected: leaving the shards' samples as they are, which
+as the sample's features (268 MB for 262,144 of 512 dimensions). Principal directions, where the transform has any, are those
+of the sample, and kept beside it. Rejected: leaving the shards' samples as they are, which
 makes every fit open as many files as there are shards.
 
 Shape letters: S examples of the sample, D feature dim, L labels.
@@ -28,7 +29,11 @@ from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.kmeans import fit
-from hardmoe.partitioning.router import FeatureTransform
+from hardmoe.partitioning.moments import Moments
+from hardmoe.partitioning.router import TRANSFORM_FILE
+from hardmoe.partitioning.scan import blas_threads
+from hardmoe.partitioning.transform import PROJECTIONS, FeatureTransform
+from hardmoe.partitioning.transform_fit import fit_transform, read_transform
 from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
 
 SAMPLE_FILE = "sample.safetensors"
@@ -76,7 +81,8 @@ def load_sample(context: Context) -> Sample:
     """The sample, as a stage's input `sample` has it."""
     artifact = context.input("sample")
     arrays = load_arrays(artifact.storage, artifact.path(SAMPLE_FILE))
-    transform = FeatureTransform(context.stage.config["partition"]["transform"])
+    kind, path = context.stage.config["partition"]["transform"], artifact.path(TRANSFORM_FILE)
+    transform = read_transform(artifact.storage, path) if kind in PROJECTIONS else FeatureTransform(kind)
     labels = Labels(arrays["tags"], arrays["offsets"])
     return Sample(arrays["ids"], transform(arrays["features"].astype(np.float32)), labels)
 
@@ -119,8 +125,7 @@ def _join(context: UnitContext) -> Json:
         context.progress(number + 1, len(paths))
     arrays = _in_order_of_ids({name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]})
     save_arrays(context.output(SAMPLE_FILE), arrays)
-    transform = FeatureTransform(context.stage.config["partition"]["transform"])
-    features_SD = transform(arrays["features"].astype(np.float32))
+    features_SD = _transformed(context, arrays["features"].astype(np.float32))
     distinct = len(np.unique((features_SD + 0.0).view(np.dtype((np.void, features_SD.itemsize * features_SD.shape[1])))))
     return {
         "rows": len(features_SD),
@@ -129,6 +134,21 @@ def _join(context: UnitContext) -> Json:
         "occurrences": len(arrays["tags"]),
         "variance": _variance(features_SD, arrays["ids"], context.stage.config["seed"]) if distinct else 0.0,
     }
+
+
+def _transformed(context: UnitContext, features_SD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The sample after its own transform, which is kept where it was fitted."""
+    asked = context.stage.config["partition"]
+    if not len(features_SD):
+        return features_SD
+    if asked["transform"] not in PROJECTIONS:
+        return FeatureTransform(asked["transform"])(features_SD)
+    with blas_threads(context.stage.resources.num_cpus):
+        moments = Moments.from_batch(features_SD)
+    transform = fit_transform(moments, asked["transform"], asked.get("components")).transform
+    with context.output(TRANSFORM_FILE) as sink:
+        sink.write(transform.to_bytes())
+    return transform(features_SD)
 
 
 def _in_order_of_ids(pieces: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

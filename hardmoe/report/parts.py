@@ -5,7 +5,7 @@ from markupsafe import Markup
 from hardmoe.report import charts
 from hardmoe.report.charts import Captions, Series
 from hardmoe.report.formats import format_count, format_percent
-from hardmoe.report.schema import Balance, Distances, Part, ReportData
+from hardmoe.report.schema import Balance, Distances, Part, Projected, ReportData
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _NUM_EVENTS = 6
@@ -28,6 +28,8 @@ def describe_partition(data: ReportData) -> list[tuple[str, str, str]]:
         facts.append(("tag information", f"{net:.2f}{_SPACE}bits, {share}{_SPACE}%".replace("-", "−"), meaning))
     if "balance" in data:
         facts += _describe_balance(data["balance"], data["dataset"]["sizes"]["train"])
+    if "transform" in router:
+        facts.append(_describe_transform(router["transform"]))
     if router["zero_vectors"] is not None:
         meaning = "training images whose features are all zero, which no direction can tell apart"
         facts.append(("features of length zero", format_count(router["zero_vectors"]), meaning))
@@ -42,6 +44,13 @@ def describe_partition(data: ReportData) -> list[tuple[str, str, str]]:
             )
         )
     return facts
+
+
+def _describe_transform(projected: Projected) -> tuple[str, str, str]:
+    """What distances are measured on."""
+    value = f"{projected['components']} of {projected['of']}, {format_percent(projected['explained'])}{_SPACE}% of the variance"
+    scaled = ", with the same variance along each," if projected["kind"] == "whiten" else ""
+    return ("principal directions", value, f"what distances are measured along{scaled} after scaling to length 1")
 
 
 def _describe_balance(balance: Balance, num_images: int) -> list[tuple[str, str, str]]:

@@ -67,6 +67,17 @@ Reseeded = TypedDict("Reseeded", {"pass": int, "expert": int})
 """An expert whose part ran empty in a pass of k-means and was given a new centroid."""
 
 
+class Projected(TypedDict):
+    """Principal directions that features are projected on: `components` of the features' `of` dimensions, and the share of their
+    variance that lies along them. `kind` is `pca` or `whiten`.
+    """
+
+    kind: str
+    components: int
+    of: int
+    explained: float
+
+
 class RouterFit(TypedDict):
     """How the k-means fit went: the objective after every pass (empty for a random partition).
 
@@ -78,6 +89,7 @@ class RouterFit(TypedDict):
     reseeded: list[Reseeded]
     experts: int
     zero_vectors: int | None
+    transform: NotRequired[Projected]
 
 
 class Distances(TypedDict):

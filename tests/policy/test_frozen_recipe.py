@@ -27,7 +27,8 @@ IDENTITY = """
     trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
     partition.experts partition.method partition.slack partition.overlap partition.out_of_part_fraction
-    partition.transform partition.sample_size partition.restarts partition.max_share partition.max_passes partition.tolerance
+    partition.transform partition.components partition.spherical
+    partition.sample_size partition.restarts partition.max_share partition.max_passes partition.tolerance
     experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.repeat_threshold
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction
@@ -42,6 +43,8 @@ ADDED = {
     "partition.slack": 0.05,
     "partition.overlap": None,
     "partition.out_of_part_fraction": 0.0,
+    "partition.components": None,
+    "partition.spherical": False,
 }
 """Of these, the keys that came after the first runs: they bear identity unless they have this default. Another default would make
 finished runs of two different things look the same, so it never changes."""

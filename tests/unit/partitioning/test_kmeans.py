@@ -260,6 +260,80 @@ def test_restarts_draw_other_seeds_and_the_best_is_taken():
     assert four <= one
 
 
+def unit_blobs(rows=1500, centers=8, dim=6, spread=0.3, seed=0):
+    """On the sphere, with clusters of very different spread along it."""
+    features, labels, ids = blobs(rows, centers, dim, spread, seed)
+    features = (features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
+    return features, labels, ids
+
+
+def spherical_in_numpy(features, centroids, passes):
+    """Spherical k-means by its definition: the largest cosine, then the sum of the rows at length 1."""
+    rows, centroids = features.astype(np.float64), centroids.astype(np.float64)
+    for _ in range(passes):
+        nearest = (rows @ centroids.T).argmax(axis=1)
+        sums = np.stack([rows[nearest == cluster].sum(axis=0) for cluster in range(len(centroids))])
+        centroids = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    return centroids
+
+
+@pytest.mark.parametrize("passes", [1, 2, 7])
+def test_spherical_passes_are_those_of_a_brute_force_in_numpy(passes):
+    features, _, ids = unit_blobs(spread=2.0)
+    start = seed_centroids(features, ids, 8, seed=1)
+    found = refine_with(scan_all(features, ids), start, passes, 0.0, spherical=True)
+    np.testing.assert_allclose(found.centroids_KD, spherical_in_numpy(features, start, passes), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found.centroids_KD.astype(np.float64), axis=1), 1.0, atol=1e-7)
+    plain = refine_with(scan_all(features, ids), start, passes, 0.0)
+    assert (np.linalg.norm(plain.centroids_KD, axis=1) < 0.99).any(), "no different from plain means"
+
+
+def test_spherical_objective_never_rises_and_is_that_of_the_cosines():
+    features, _, ids = unit_blobs(rows=2000, spread=4.0)
+    start = seed_centroids(features, ids, 8, seed=2)
+    found = refine_with(scan_all(features, ids), start, 100, 0.0, spherical=True)
+    assert len(found.objective_per_pass) > 5
+    assert found.converged
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(found.objective_per_pass))
+    cosines = (features.astype(np.float64) @ found.centroids_KD.T.astype(np.float64)).max(axis=1)
+    assert found.objective_per_pass[-1] == pytest.approx(2.0 * (len(features) - cosines.sum()), rel=1e-5)
+
+
+def test_spherical_fit_recovers_blobs_in_any_order_with_the_same_bytes():
+    features, labels, ids = unit_blobs(rows=1200)
+    expected = fit(features, ids, 8, seed=3, options=FitOptions(restarts=3, spherical=True))
+    assert adjusted_rand_score(labels, assign(features, expected.centroids_KD, ENGINE).primary_N) > 0.99
+    np.testing.assert_allclose(np.linalg.norm(expected.centroids_KD.astype(np.float64), axis=1), 1.0, atol=1e-7)
+    order = np.random.default_rng(0).permutation(1200)
+    found = fit(features[order], ids[order], 8, 3, FitOptions(restarts=3, spherical=True, batch_size=100, num_threads=2))
+    assert found.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
+
+
+def test_spherical_update_keeps_the_centroid_of_a_cluster_whose_rows_cancel():
+    features, ids = np.array([[1, 0], [-1, 0], [0, 0]], np.float32), random_ids(3)
+    centroids = np.array([[0, 1]], np.float32)
+    updated = update(scan_batch(features, ids, centroids, ENGINE), centroids, spherical=True)
+    np.testing.assert_array_equal(updated.centroids_KD, centroids)
+    np.testing.assert_array_equal(update(scan_batch(features, ids, centroids, ENGINE), centroids).centroids_KD, [[0, 0]])
+
+
+def test_spherical_fit_never_puts_a_centroid_where_a_row_is_zero():
+    """Such a row is as far from every centroid as a row at 60 degrees, so one there would draw all that are farther away."""
+    features = np.zeros((300, 3), np.float32)
+    features[:60, 0], features[60:120, 1] = 1.0, 1.0
+    ids = random_ids(300)
+    for seed in range(8):
+        found = fit(features, ids, 2, seed, FitOptions(spherical=True))
+        assert sorted(found.centroids_KD.tolist()) == [[0, 1, 0], [1, 0, 0]]
+    start = np.array([[1, 0, 0], [-1, 0, 0]], np.float32)  # the second is nobody's, and zero is farther away than anything
+    found = scan_batch(features[np.r_[:60, 120:300]], ids[:240], start, ENGINE)
+    updated = update(found, start, spherical=True)
+    assert (updated.empty, updated.reseeded) == ([1], [])
+    assert update(found, start).reseeded == [1]
+    with pytest.raises(DataError, match="2 experts need as many distinct features"):
+        fit(features[60:], ids[60:], 2, 0, FitOptions(spherical=True))
+
+
 @pytest.mark.slow
 def test_forty_million_points_have_their_mean_where_faiss_says_two():
     """faiss adds and counts in float32. Past 2^24 rows another 1 changes the count no more, past 2^25 a value below 2 the sum
@@ -284,3 +358,33 @@ def test_partition_config_too_small_a_sample_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match="raise it to 9 or more"):
         PartitionConfig(experts=9, sample_size=8)
     assert PartitionConfig.operational_fields() == set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"components": 8},
+            "components 8 does nothing with transform 'l2'.*set transform: pca or whiten, or leave components out",
+        ),
+        ({"components": 8, "transform": "none"}, "components 8 does nothing with transform 'none'"),
+        (
+            {"spherical": True, "transform": "none"},
+            "spherical k-means needs features of length 1.*set transform: l2, pca or whiten",
+        ),
+        (
+            {"spherical": True, "method": "given"},
+            "spherical k-means needs a fit, and method 'given' makes none: set method: kmeans",
+        ),
+        ({"spherical": True, "method": "random"}, "method 'random' makes none"),
+    ],
+)
+def test_partition_config_settings_that_do_nothing_are_refused_with_the_remedy(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        PartitionConfig(**settings)
+    for kind in ("pca", "whiten"):
+        PartitionConfig(transform=kind, components=8, spherical=True, method="balanced")
+
+
+def test_partition_config_of_before_still_means_the_same():
+    assert not {"components", "spherical"} & PartitionConfig().identity().keys()

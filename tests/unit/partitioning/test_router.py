@@ -1,6 +1,7 @@
 """The router: one rule for a row, alone or among others, before and after a trip through its files."""
 
 import json
+import math
 
 import faiss
 import numpy as np
@@ -8,12 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.preprocessing import normalize
 
 from hardmoe.errors import CorruptFileError, DataError
 from hardmoe.neighbours.faiss_engine import FaissEngine
 from hardmoe.neighbours.torch_engine import TorchEngine
-from hardmoe.partitioning.router import FeatureTransform, Router
+from hardmoe.partitioning.moments import Moments
+from hardmoe.partitioning.router import Router
+from hardmoe.partitioning.transform import FeatureTransform
+from hardmoe.partitioning.transform_fit import fit_transform
+
+KINDS = ["none", "l2", "pca", "whiten"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +32,29 @@ def _one_thread():
 
 
 def random_router(kind="l2", experts=5, dim=12, seed=0):
-    centroids = np.random.default_rng(seed).standard_normal((experts, dim)).astype(np.float32)
-    return Router(FeatureTransform(kind), centroids)
+    """Of features of this width; where there are principal directions, as many as half the width and one."""
+    rng, width = np.random.default_rng(seed), dim if kind in ("none", "l2") else dim // 2 + 1
+    transform = FeatureTransform(kind) if kind in ("none", "l2") else projecting(kind, width, rng, dim)
+    return Router(transform, rng.standard_normal((experts, width)).astype(np.float32))
+
+
+def projecting(kind, components, rng, dim):
+    mixed = rng.standard_normal((200, dim)) @ rng.standard_normal((dim, dim)) + 1.0
+    return fit_transform(Moments.from_batch(mixed.astype(np.float16).astype(np.float32)), kind, components).transform
 
 
 def random_features(rows, dim=12, seed=1):
-    return (np.random.default_rng(seed).standard_normal((rows, dim)) * 30).astype(np.float32)
+    return (np.random.default_rng(seed).standard_normal((rows, dim)) * 30).astype(np.float16).astype(np.float32)
 
 
 def brute_force(features, router):
-    rows = features.astype(np.float64)
-    if router.transform.kind == "l2":
+    rows, projection = features.astype(np.float64), router.transform.projection
+    if projection is not None:
+        directions = projection.directions_PD.astype(np.float64)
+        rows = (
+            np.array([[math.fsum(row * each) for each in directions] for row in rows]) - projection.offset_P
+        ) * projection.scale_P
+    if router.transform.kind != "none":
         rows = rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
     rows = rows.astype(np.float32).astype(np.float64)
     distances = ((rows[:, None] - router.centroids_KD.astype(np.float64)[None]) ** 2).sum(-1)
@@ -45,7 +62,7 @@ def brute_force(features, router):
     return order[:, 0], order[:, 1], distances.min(axis=1)
 
 
-@pytest.mark.parametrize("kind", ["none", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", [FaissEngine(), TorchEngine("cpu"), None], ids=["faiss", "torch", "chosen"])
 def test_route_equals_brute_force(kind, engine):
     router, features = random_router(kind), random_features(500)
@@ -56,10 +73,11 @@ def test_route_equals_brute_force(kind, engine):
     np.testing.assert_array_equal(routed.squared_distance_N, distances)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 60), order_seed=st.integers(0, 1000))
-def test_route_any_batch_and_order_gives_the_same_answer(batch, order_seed):
-    router, features = random_router(experts=40, dim=3), random_features(120, dim=3)
+def test_route_any_batch_and_order_gives_the_same_answer(kind, batch, order_seed):
+    router, features = random_router(kind, experts=40, dim=3), random_features(120, dim=3)
     whole = router.route(features)
     order = np.random.default_rng(order_seed).permutation(120)
     for start in range(0, 120, batch):
@@ -69,32 +87,7 @@ def test_route_any_batch_and_order_gives_the_same_answer(batch, order_seed):
         np.testing.assert_array_equal(part.squared_distance_N, whole.squared_distance_N[rows])
 
 
-def test_transform_l2_matches_scikit_learn_and_keeps_zero():
-    features = np.concatenate([random_features(50), np.zeros((1, 12), np.float32)])
-    original = features.copy()
-    transformed = FeatureTransform("l2")(features)
-    np.testing.assert_allclose(transformed, normalize(features.astype(np.float64)), rtol=1e-7)
-    assert transformed.dtype == np.float32
-    np.testing.assert_array_equal(features, original)
-    tiny = FeatureTransform("l2")(np.full((1, 4), 1e-38, np.float32))  # the squares underflow in float32
-    np.testing.assert_array_equal(tiny, np.full((1, 4), 0.5, np.float32))
-
-
-def test_transform_l2_row_alone_equals_row_among_thousands():
-    features = random_features(5000, dim=97)
-    whole = FeatureTransform("l2")(features)
-    alone = np.concatenate([FeatureTransform("l2")(row[None]) for row in features])
-    assert alone.tobytes() == whole.tobytes()
-    fortran = FeatureTransform("l2")(np.asfortranarray(features))
-    np.testing.assert_array_equal(fortran, whole)
-
-
-def test_transform_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="unknown transform 'pca'"):
-        FeatureTransform("pca")
-
-
-@pytest.mark.parametrize("kind", ["none", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_route_non_finite_features_are_refused(kind, bad):
     features = random_features(4)
@@ -103,29 +96,32 @@ def test_route_non_finite_features_are_refused(kind, bad):
         random_router(kind).route(features)
 
 
-def test_route_features_of_another_width_are_refused():
-    with pytest.raises(DataError, match="width 7 cannot be routed by centroids of width 12"):
-        random_router().route(random_features(2, dim=7))
+@pytest.mark.parametrize("kind", KINDS)
+def test_route_features_of_another_width_are_refused(kind):
+    with pytest.raises(DataError, match="width 7 cannot be routed by a router that was fitted on width 12"):
+        random_router(kind).route(random_features(2, dim=7))
 
 
-@pytest.mark.parametrize("kind", ["none", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_files_round_trip_gives_the_same_router_and_bytes(kind):
     router = random_router(kind)
     files = router.to_files()
     again = Router.from_files(files)
     assert sorted(files) == ["centroids.npy", "router.json", "transform.safetensors"]
     assert again.centroids_KD.tobytes() == router.centroids_KD.tobytes()
-    assert again.transform == router.transform
+    assert again.transform.kind == kind
     assert again.to_files() == files
     assert json.loads(files["router.json"])["experts"] == router.num_experts == 5
+    assert json.loads(files["router.json"])["dim"] == router.dim == again.dim == 12, "the width of the trunk's features"
 
 
 @pytest.mark.parametrize("name", ["centroids.npy", "router.json", "transform.safetensors"])
 @pytest.mark.parametrize(
     "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: None], ids=["cut", "empty", "gone"]
 )
-def test_from_files_damaged_file_is_refused(name, damage):
-    files = random_router().to_files()
+@pytest.mark.parametrize("kind", ["l2", "whiten"])
+def test_from_files_damaged_file_is_refused(name, damage, kind):
+    files = random_router(kind).to_files()
     damaged = damage(files.pop(name))
     if damaged is not None:
         files[name] = damaged
@@ -137,3 +133,26 @@ def test_from_files_of_two_routers_is_refused():
     files = random_router(experts=5).to_files() | {"centroids.npy": random_router(experts=6).to_files()["centroids.npy"]}
     with pytest.raises(CorruptFileError, match="speaks of 5 experts"):
         Router.from_files(files)
+
+
+OTHERS = [("pca", 12), ("l2", 7), ("whiten", 14)]
+SWAPS = [(name, other) for name in ("router.json", "transform.safetensors") for other in OTHERS]
+
+
+@pytest.mark.parametrize(("name", "other"), [*SWAPS, ("centroids.npy", ("whiten", 14))], ids=str)
+def test_from_files_of_routers_with_other_transforms_is_refused(name, other):
+    """Kind, width of the features and number of directions must agree; centroids of another width have no place at all."""
+    files, others = random_router("whiten").to_files(), random_router(other[0], dim=other[1], seed=4).to_files()
+    with pytest.raises(CorruptFileError, match="fit the router again"):
+        Router.from_files(files | {name: others[name]})
+
+
+def test_from_files_of_a_description_that_is_none_is_refused():
+    for told in (
+        [],
+        {"experts": 5, "dim": 12},
+        {"experts": 5, "dim": 12, "transform": "l2"},
+        {"experts": "x", "dim": 1, "transform": 0},
+    ):
+        with pytest.raises(CorruptFileError, match="fit the router again"):
+            Router.from_files(random_router().to_files() | {"router.json": json.dumps(told).encode()})

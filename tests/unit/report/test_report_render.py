@@ -467,6 +467,12 @@ def test_partition_is_told_with_what_every_number_means():
     ):
         assert said in text, said
     assert "The fit converged after 18 passes." in text
+    projected = make_data(3, 20)
+    projected["router"]["transform"] = {"kind": "whiten", "components": 64, "of": 256, "explained": 0.9312}
+    assert ("principal directions", "64 of 256, 93.1\N{NO-BREAK SPACE}% of the variance") in [
+        fact[:2] for fact in describe_partition(projected)
+    ]
+    assert "with the same variance along each, after scaling" in Page(render_report(projected, make_provenance(3))).text
     unknown = make_data(3, 20)
     unknown["router"].update(zero_vectors=None, reseeded=[{"pass": 0, "expert": expert} for expert in range(40)])
     assert describe_partition(unknown)[-1][1].endswith("expert 5 in pass 0 and 34 more")
