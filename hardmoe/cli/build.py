@@ -99,6 +99,9 @@ def print_parts(built: Built) -> None:
         copies = [str(counts[expert]) for counts in extra.values()]
         rows.append((expert_name(expert), *sizes, "-" if distance is None else f"{distance:.3f}", *copies))
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
+    router = built.plan.artifacts.get("router")
+    if router is not None and (fine := router.payload.get("fine_clusters")):
+        click.echo(f"\n{sum(fine)} fine clusters in {len(fine)} parts, {min(fine)} to {max(fine)} in each")
     if elsewhere := payload.get("routed_elsewhere"):
         counts = ", ".join(f"{elsewhere[split]} of {sum(payload['sizes'][split])} {split}" for split in SPLITS)
         click.echo(f"\nexamples that the router would send to another part than the one given: {counts}")

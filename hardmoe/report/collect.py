@@ -115,13 +115,16 @@ def _router(context: Context) -> RouterFit:
         experts = context.input("partition").payload["experts"]
         return {"objective": [], "converged": True, "reseeded": [], "experts": experts, "zero_vectors": None}
     payload = context.input("router").payload
-    return {
+    found: RouterFit = {
         "objective": payload["objective"],
         "converged": payload["converged"],
         "reseeded": payload["reseeded"],
         "experts": payload["experts"],
         "zero_vectors": payload.get("zero_vectors"),
     }
+    if "fine_clusters" in payload:
+        found["fine_clusters"] = payload["fine_clusters"]
+    return found
 
 
 @dataclass(frozen=True)
