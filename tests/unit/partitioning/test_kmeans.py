@@ -219,7 +219,7 @@ def test_seed_centroids_points_closer_than_the_grid_are_still_distinct():
 @pytest.mark.parametrize(("rows", "distinct"), [(2, 2), (50, 3), (50, 1)])
 def test_seed_centroids_fewer_distinct_points_than_clusters_are_refused(rows, distinct):
     sample = np.resize(np.arange(distinct, dtype=np.float32), rows)[:, None]
-    with pytest.raises(DataError, match=f"^4 experts .* holds {distinct}: lower partition.experts"):
+    with pytest.raises(DataError, match=f"^4 clusters .* holds {distinct}: lower partition.experts"):
         seed_centroids(sample, random_ids(rows), 4, seed=0)
 
 
