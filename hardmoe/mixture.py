@@ -74,7 +74,7 @@ class Mixture:
         if store.get("partition").record.config["partition"]["method"] == "random":
             raise DataError(
                 f"the partition in {root} is random, so nothing says which expert a new image goes to; "
-                "take a run with partition.method: kmeans, balanced or given"
+                "take a run with partition.method: kmeans, balanced, two_level or given"
             )
         store.get("router")
         features = store.find("features")

@@ -107,12 +107,17 @@ def sweep_stages(recipe: Recipe, counts: Sequence[int], num_seeds: int) -> list[
     """The sample of the recipe's features, and a stage for every number of parts.
 
     Raises:
-        RecipeError: the recipe's parts are random, or its sample cannot hold so many.
+        RecipeError: the recipe's parts are not those of k-means, or its sample cannot hold so many.
     """
     if recipe.partition.method == "random":
         raise RecipeError(
             "--sweep compares numbers of parts for k-means, but partition.method is random, which looks at no feature; "
             "set partition.method: kmeans"
+        )
+    if recipe.partition.method == "two_level":
+        raise RecipeError(
+            "--sweep compares numbers of parts for k-means, but partition.method is two_level, whose parts are groups of finer "
+            "clusters; set partition.method: kmeans"
         )
     if (most := max(counts)) > recipe.partition.sample_size:
         raise RecipeError(

@@ -40,6 +40,9 @@ SMALL: dict[str, Any] = {
 }
 """Everything but the root and the place of the images."""
 
+TWO_LEVEL: dict[str, Any] = {"method": "two_level", "fine_clusters": 24}
+"""Keys of `partition` for parts that are groups of fine clusters."""
+
 PREPARATION = ("dataset", "vocabulary", "trunk", "features", "router", "partition")
 """The artifacts of `hardmoe partition`: all that an expert stands on."""
 

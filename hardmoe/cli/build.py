@@ -100,10 +100,13 @@ def print_parts(built: Built) -> None:
         copies = [str(counts[expert]) for counts in extra.values()]
         rows.append((expert_name(expert), *sizes, "-" if distance is None else f"{distance:.3f}", *copies))
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
-    if projected := _router_facts(built).get("transform"):
+    facts = _router_facts(built)
+    if projected := facts.get("transform"):
         whitened, share = ", whitened" if projected["kind"] == "whiten" else "", _percent(projected["explained"])
         directions = f"{projected['components']} principal directions of {projected['of']}{whitened}"
         click.echo(f"\nby distances along {directions}: {share} of the features' variance")
+    if fine := facts.get("fine_clusters"):
+        click.echo(f"\n{sum(fine)} fine clusters in {len(fine)} parts, {min(fine)} to {max(fine)} in each")
     if elsewhere := payload.get("routed_elsewhere"):
         counts = ", ".join(f"{elsewhere[split]} of {sum(payload['sizes'][split])} {split}" for split in SPLITS)
         click.echo(f"\nexamples that the router would send to another part than the one given: {counts}")

@@ -108,6 +108,17 @@ def exact_nearest(
     return _exact_best_two(features_ND, centroids_KD, rows_R)[:, 0]
 
 
+def exact_nearest_elsewhere(
+    features_ND: NDArray[np.float32],
+    centroids_KD: NDArray[np.float32],
+    rows_R: NDArray[np.intp],
+    group_K: NDArray[np.int32],
+    own_R: NDArray[np.int32],
+) -> NDArray[np.intp]:
+    """The nearest centroid of some rows by definition, of those in another group than the row's own, [R]; there are 2 groups."""
+    return _exact_best_two(features_ND, centroids_KD, rows_R, (group_K, own_R))[:, 0]
+
+
 def squared_distances(
     features_ND: NDArray[np.float32],
     centroids_KD: NDArray[np.float32],
@@ -132,9 +143,15 @@ def sum_of_squares(values_ND: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _exact_best_two(
-    features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], rows_R: NDArray[np.intp]
+    features_ND: NDArray[np.float32],
+    centroids_KD: NDArray[np.float32],
+    rows_R: NDArray[np.intp],
+    barred: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
 ) -> NDArray[np.intp]:
-    """The two nearest centroids of some rows by definition, [R, 2]; K >= 2."""
+    """The two nearest centroids of some rows by definition, [R, 2]; K >= 2.
+
+    `barred` are the groups of the centroids, [K], and of the rows, [R], whose centroids do not count.
+    """
     num_centroids, dim = centroids_KD.shape
     best_R2 = np.empty((len(rows_R), 2), np.intp)
     centroids64_KD = centroids_KD.astype(np.float64)
@@ -145,9 +162,11 @@ def _exact_best_two(
         features64_RD = features_ND[rows].astype(np.float64)
         norms_R = _norms(features64_RD)
         near_RK = np.square(norms_R)[:, None] + np.square(centroid_norms_K) - 2.0 * (features64_RD @ centroids64_KD.T)
+        if barred is not None:
+            near_RK[barred[0] == barred[1][start : start + block, None]] = np.inf
         margin_R = 2.0 * _error_bound(norms_R, float(centroid_norms_K.max()), dim, 2.0**-53, 0.0)
         limit_R = np.partition(near_RK, 1, axis=1)[:, 1] + margin_R
-        candidate_rows_P, candidates_P = np.nonzero(near_RK <= limit_R[:, None])
+        candidate_rows_P, candidates_P = np.nonzero((near_RK <= limit_R[:, None]) & (near_RK < np.inf))
         exact_RK = np.full_like(near_RK, np.inf)
         exact_RK[candidate_rows_P, candidates_P] = squared_distances(
             features_ND, centroids_KD, rows[candidate_rows_P], candidates_P

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from hardmoe.config import Config, added
 
 _SLACK = 0.05
+_FINE_PER_EXPERT, _MOST_FINE = 16, 16_384
 
 
 class PartitionConfig(Config):
@@ -15,9 +16,13 @@ class PartitionConfig(Config):
     experts: int = Field(8, ge=1)
     """Number of experts, hence of parts. 1 makes the mixture the dense baseline."""
 
-    method: Literal["kmeans", "balanced", "given", "random"] = "kmeans"
-    """`kmeans` over the trunk's features; `balanced`, the same with training parts of limited size; `given`, by the dataset's own
-    column `dataset.part_column`; or `random`, by the hash of the example id: the control."""
+    method: Literal["kmeans", "balanced", "two_level", "given", "random"] = "kmeans"
+    """`kmeans` over the trunk's features; `balanced`, the same with training parts of limited size; `two_level`, many fine
+    clusters grouped into parts of any shape; `given`, by the dataset's own column `dataset.part_column`; or `random`, by the hash
+    of the example id: the control."""
+
+    fine_clusters: int | None = added(None, ge=1)
+    """With `two_level`, how many clusters k-means finds before they are grouped; null: 16 times as many as experts."""
 
     slack: float = added(_SLACK, ge=0.0)
     """With `balanced`, a training part has at most 1 + slack times the mean number of examples; with 0, the mean rounded up."""
@@ -62,7 +67,14 @@ class PartitionConfig(Config):
     @property
     def is_fitted(self) -> bool:
         """Whether k-means finds the router's centroids."""
-        return self.method in ("kmeans", "balanced")
+        return self.method in ("kmeans", "balanced", "two_level")
+
+    @property
+    def num_clusters(self) -> int:
+        """How many clusters k-means looks for: one per expert, or the fine ones."""
+        if self.method != "two_level":
+            return self.experts
+        return self.fine_clusters or _FINE_PER_EXPERT * self.experts
 
     @model_validator(mode="after")
     def _slack_counts(self) -> Self:
@@ -85,8 +97,8 @@ class PartitionConfig(Config):
     def _sphere_has_points(self) -> Self:
         if self.spherical and not self.is_fitted:
             raise ValueError(
-                f"spherical k-means needs a fit, and method '{self.method}' makes none: set method: kmeans or balanced, or leave "
-                "spherical out"
+                f"spherical k-means needs a fit, and method '{self.method}' makes none: set method: kmeans, balanced or "
+                "two_level, or leave spherical out"
             )
         if self.spherical and self.transform == "none":
             raise ValueError(
@@ -96,11 +108,29 @@ class PartitionConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _enough_to_seed(self) -> Self:
-        if self.is_fitted and self.sample_size < self.experts:
+    def _fine_clusters_can_be_grouped(self) -> Self:
+        asked = self.fine_clusters
+        if asked is not None and self.method != "two_level":
             raise ValueError(
-                f"sample_size {self.sample_size} cannot seed {self.experts} experts: raise it to {self.experts} or more"
+                f"fine_clusters {asked} does nothing with method '{self.method}': set method: two_level, or leave it out"
             )
+        if asked is not None and asked < self.experts:
+            raise ValueError(
+                f"fine_clusters {asked} cannot be grouped into {self.experts} parts: raise it to {self.experts} or more"
+            )
+        if self.method == "two_level" and self.num_clusters > _MOST_FINE:
+            raise ValueError(
+                f"{self.num_clusters} fine clusters are too many to be compared pair by pair: "
+                f"set fine_clusters to {_MOST_FINE} or less, or ask for fewer experts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_to_seed(self) -> Self:
+        wanted = self.num_clusters
+        if self.is_fitted and self.sample_size < wanted:
+            what = "fine clusters" if self.method == "two_level" else "experts"
+            raise ValueError(f"sample_size {self.sample_size} cannot seed {wanted} {what}: raise it to {wanted} or more")
         return self
 
     @model_validator(mode="after")

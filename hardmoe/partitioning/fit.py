@@ -2,10 +2,11 @@
 
 Where the features are to be projected on principal directions, these are fitted first (`transform_fit`). The driver's part is
 `kmeans.refine` with the passes yielded as phases, so a killed fit is replayed from the sums of the passes that finished and
-costs at most the unfinished shards of one. Rejected: one unit for the whole fit, which uses one worker and loses everything,
-and a checkpoint of the centroids alone, which hides which rows they came from.
+costs at most the unfinished shards of one. With `two_level` it looks for many fine clusters, and one more pass counts how many
+rows lie between any two of them, by which `grouping` joins them into parts. Rejected: one unit for the whole fit, which uses one
+worker and loses everything, and a checkpoint of the centroids alone, which hides which rows they came from.
 
-Shape letters: N examples, D feature dim, S examples of the sample, K clusters.
+Shape letters: N examples, D feature dim, S examples of the sample, K clusters, F fine clusters.
 """
 
 import io
@@ -20,8 +21,10 @@ from hardmoe.config import Json
 from hardmoe.data.schemas import FEATURES
 from hardmoe.errors import DataError
 from hardmoe.hashing import hash_fractions
+from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.config import PartitionConfig
+from hardmoe.partitioning.grouping import Borders, group_clusters
 from hardmoe.partitioning.kmeans import KMeansFit, PassSums, best_start, refine, scan_batch, start_centroids, start_rows
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.scan import blas_threads
@@ -44,12 +47,8 @@ class RouterWork:
         features = context.input("features")
         paths = features.files("split=train/")
         num_examples: int = features.payload["rows"]["train"]
-        if num_examples < config.experts:
-            raise DataError(
-                f"partition.experts is {config.experts} but there are only {num_examples} training examples; "
-                f"ask for {num_examples} experts at most, or add data"
-            )
-        fraction = min(1.0, min(config.sample_size, _SPARE * start_rows(config.experts)) / num_examples)
+        _check_enough(num_examples, config)
+        fraction = min(1.0, min(config.sample_size, _SPARE * start_rows(config.num_clusters)) / num_examples)
         fitted = yield from transform_phases(context, config, paths, features.payload["dim"])
         shards = [{"path": path, **fitted.arguments} for path in paths]
         sampled = yield Phase("sample", [Unit(f"{i:05d}", {**shard, "fraction": fraction}) for i, shard in enumerate(shards)])
@@ -58,21 +57,38 @@ class RouterWork:
         started = yield Phase("start", attempts)
         starts = [_read_fit(context, done) for done in started]
         fit = yield from self._passes(context, shards, best_start(starts).centroids_KD, config)
-        _check_collapse(fit, config)
-        router = Router(fitted.transform, fit.centroids_KD)
+        counts_K, groups = fit.counts_K, None
+        if config.method == "two_level":
+            borders = yield from self._borders(context, shards, fit.centroids_KD)
+            groups = group_clusters(fit.centroids_KD, borders, config.experts)
+            counts_K = np.bincount(groups, borders.counts_F).astype(np.int64)
+        _check_collapse(counts_K, config)
+        router = Router(fitted.transform, fit.centroids_KD, groups)
         payload = {
             "experts": config.experts,
             "dim": router.dim,
             "objective": fit.objective_per_pass,
             "converged": fit.converged,
-            "reseeded": [{"pass": number, "expert": expert} for number, expert in fit.reseeded],
+            "reseeded": [{"pass": number, "expert" if groups is None else "fine_cluster": c} for number, c in fit.reseeded],
             "sample": sum(done.payload["rows"] for done in sampled),
             "starts": [start.objective_per_pass[-1] for start in starts],
             **fitted.facts,
         }
         if fitted.transform.projection is None:  # else such a feature has a direction like any other
             payload["zero_vectors"] = sum(done.payload["zero_vectors"] for done in sampled)
+        if groups is not None:
+            payload["fine_clusters"] = np.bincount(groups).tolist()
         return Finished(payload, router.to_files())
+
+    def _borders(
+        self, context: DriverContext, shards: Sequence[Json], centroids_FD: NDArray[np.float32]
+    ) -> Generator[Phase, list[Completion], Borders]:
+        """Count the rows between every two fine clusters."""
+        shared = context.share("fine-centroids.npy", _to_npy(centroids_FD))
+        units = [Unit(f"{i:05d}", {**shard, "centroids": shared}) for i, shard in enumerate(shards)]
+        counted = yield Phase("borders", units)
+        loaded = (Borders.from_arrays(load_arrays(context.storage, done.scratch["borders"])) for done in counted)
+        return sum(loaded, start=Borders.none(len(centroids_FD)))
 
     def _passes(
         self, context: DriverContext, shards: Sequence[Json], start_KD: NDArray[np.float32], config: PartitionConfig
@@ -94,7 +110,7 @@ class RouterWork:
             return fit
 
     def run(self, context: UnitContext) -> Json:
-        """A shard's share of the sample, or of a pass; one start; or what the transform's fit consists of."""
+        """A shard's share of the sample, of a pass or of the borders; one start; or what the transform's fit consists of."""
         with blas_threads(context.stage.resources.num_cpus):
             return self._run(context)
 
@@ -111,6 +127,12 @@ class RouterWork:
             return _sample(context, features, path, transform)
         centroids_KD = np.load(io.BytesIO(context.storage.read_bytes(context.unit.arguments["centroids"])), allow_pickle=False)
         engine = choose_engine()
+        if context.phase == "borders":
+            borders, size = Borders.none(len(centroids_KD)), len(centroids_KD)
+            for _, features_ND in read_features(features, path):
+                borders += Borders.of(assign(transform(features_ND), centroids_KD, engine), size)
+            save_arrays(context.scratch("borders"), borders.to_arrays())
+            return {"rows": int(borders.counts_F.sum())}
         total = PassSums.zero(*centroids_KD.shape)
         for ids_N16, features_ND in read_features(features, path):
             total += scan_batch(transform(features_ND), ids_N16, centroids_KD, engine)
@@ -140,14 +162,13 @@ def _sample(context: UnitContext, features: InputArtifact, path: str, transform:
 
 def _start(context: UnitContext) -> Json:
     """One of several starts, over the whole sample."""
-    arguments, settings = context.unit.arguments, context.stage.config
+    arguments, config = context.unit.arguments, context.stage.section(PartitionConfig, "partition")
     paths = json.loads(context.storage.read_bytes(arguments["samples"]))
     samples = [load_arrays(context.storage, path) for path in paths]
     sample_SD = np.concatenate([sample["features"] for sample in samples])
     ids_S16 = np.concatenate([sample["ids"] for sample in samples])
-    experts = settings["partition"]["experts"]
-    spherical = settings["partition"].get("spherical", False)
-    found = start_centroids(sample_SD, ids_S16, experts, settings["seed"], arguments["attempt"], spherical)
+    seed: int = context.stage.config["seed"]
+    found = start_centroids(sample_SD, ids_S16, config.num_clusters, seed, arguments["attempt"], config.spherical)
     save_arrays(context.scratch("centroids"), {"centroids": found.centroids_KD})
     return {"objective": found.objective_per_pass, "converged": found.converged}
 
@@ -157,14 +178,30 @@ def _read_fit(context: DriverContext, done: Completion) -> KMeansFit:
     return KMeansFit(centroids_KD, done.payload["objective"], [], done.payload["converged"], np.zeros(0, np.int64))
 
 
-def _check_collapse(fit: KMeansFit, config: PartitionConfig) -> None:
+def _check_enough(num_examples: int, config: PartitionConfig) -> None:
+    """Raise if there are fewer examples than clusters to be found."""
+    if num_examples < config.experts:
+        raise DataError(
+            f"partition.experts is {config.experts} but there are only {num_examples} training examples; "
+            f"ask for {num_examples} experts at most, or add data"
+        )
+    if num_examples < config.num_clusters:
+        raise DataError(
+            f"partition.method two_level looks for {config.num_clusters} fine clusters, but there are only {num_examples} "
+            f"training examples; set partition.fine_clusters to {num_examples} or less, or add data"
+        )
+
+
+def _check_collapse(counts_K: NDArray[np.int64], config: PartitionConfig) -> None:
     """Raise if nearly all examples went to one expert."""
-    share = float(fit.counts_K.max() / fit.counts_K.sum())
+    share = float(counts_K.max() / counts_K.sum())
     if config.experts > 1 and share > config.max_share:
+        reason = "the features hardly differ; train the trunk longer, set partition.transform to l2"
+        if config.method == "two_level":
+            reason = "hardly any border runs through them; set partition.method: kmeans, ask for more experts"
         raise DataError(
             f"one of {config.experts} parts holds {100 * share:.1f} % of the examples, more than partition.max_share="
-            f"{config.max_share:g}: the features hardly differ; train the trunk longer, set partition.transform to l2, "
-            "or raise max_share"
+            f"{config.max_share:g}: {reason}, or raise max_share"
         )
 
 

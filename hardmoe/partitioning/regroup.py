@@ -28,7 +28,7 @@ from hardmoe.config import Json
 from hardmoe.data.reading import open_examples, read_examples
 from hardmoe.data.schemas import ASSIGNMENTS, EXTRA_FOLDER, SPLITS
 from hardmoe.hashing import hash_ids
-from hardmoe.neighbours.assignment import Assignment, squared_distances
+from hardmoe.neighbours.assignment import Assignment
 from hardmoe.partitioning.balance_phases import balance_phases, run_balance
 from hardmoe.partitioning.balance_placement import Balanced, place_shard, summarise
 from hardmoe.partitioning.extras import ExtraCopies, chances_to_be_drawn, extra_copies, overlaps
@@ -155,7 +155,7 @@ class _Routed:
         features_ND: in the router's space, float32 [N, D]; [N, 0] where there is no router.
         router: None for a random partition.
         assignment: `primary_N` is the own part, `second_N` the nearest other one (-1: none).
-        second_squared_distance_N: to that one's centroid, float64 [N]; NaN where there is none.
+        second_squared_distance_N: to that one's (nearest) centroid, float64 [N]; NaN where there is none.
         elsewhere: examples of given parts that the router would send elsewhere.
         balance: of a balanced training shard, what `balance_placement.summarise` wants to know.
     """
@@ -181,7 +181,7 @@ class _Routed:
         """Copies for further experts, as far from their centroids as they are."""
         squared_P = np.zeros(len(copies.rows_P))
         if self.router is not None:
-            squared_P = squared_distances(self.features_ND, self.router.centroids_KD, copies.rows_P, copies.experts_P)
+            squared_P = self.router.squared_distances(self.features_ND, copies.rows_P, copies.experts_P)
         return Membership(copies.rows_P, copies.experts_P, _rooted(squared_P))
 
 
@@ -217,7 +217,7 @@ def _route(context: UnitContext) -> _Routed:
         assignment = _sent_to(parts_N, assignment, features_ND, router)
     second_N = np.full(len(ids_N16), np.nan)
     if router.num_experts > 1:
-        second_N = squared_distances(features_ND, router.centroids_KD, np.arange(len(ids_N16)), assignment.second_N)
+        second_N = router.squared_distances(features_ND, np.arange(len(ids_N16)), assignment.second_N)
     return _Routed(ids_N16, features_ND, router, assignment, second_N, elsewhere, tally)
 
 
@@ -226,7 +226,7 @@ def _sent_to(parts_N: NDArray[np.int32], nearest: Assignment, features_ND: NDArr
     rows = np.flatnonzero(parts_N != nearest.primary_N)
     second_N, squared_N = nearest.second_N.copy(), nearest.squared_distance_N.copy()
     second_N[rows] = nearest.primary_N[rows]
-    squared_N[rows] = squared_distances(features_ND, router.centroids_KD, rows, parts_N[rows])
+    squared_N[rows] = router.squared_distances(features_ND, rows, parts_N[rows])
     return Assignment(parts_N, second_N, squared_N)
 
 

@@ -107,6 +107,7 @@ def _distinct_rest(sample_SD: NDArray[np.float32], chosen: list[int], num_cluste
 
 def _too_few(num_distinct: int, num_clusters: int) -> DataError:
     return DataError(
-        f"{num_clusters} experts need as many distinct features to start from, but the sample holds {num_distinct}: "
-        "lower partition.experts, raise partition.sample_size, or look for copies among the images"
+        f"{num_clusters} clusters need as many distinct features to start from, but the sample holds {num_distinct}: "
+        "lower partition.experts (with two_level, partition.fine_clusters), raise partition.sample_size, "
+        "or look for copies among the images"
     )

@@ -12,8 +12,8 @@ _OF_GIVEN_PARTS = ("experts", "method", "transform", "components")
 
 
 def router_stage(config: PartitionConfig, seed: int) -> Stage:
-    """Feature transform and centroids, fitted on all training features, the same for `kmeans` and `balanced`; or, of given parts,
-    their means."""
+    """Feature transform and centroids, fitted on all training features, the same for `kmeans` and `balanced`, several of a part
+    for `two_level`; or, of given parts, their means."""
     if config.method == "given":
         return Stage(
             name="router",
@@ -24,11 +24,15 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
             work="hardmoe.partitioning.given:GivenRouterWork",
         )
     fitted = {name: value for name, value in config.identity().items() if name not in _AFTER_THE_FIT}
+    if config.method == "two_level":
+        fitted["fine_clusters"] = config.num_clusters  # so that null is the number it stands for
+    else:
+        fitted["method"] = "kmeans"
     return Stage(
         name="router",
         kind="router",
         version=3,
-        config={"partition": {**fitted, "method": "kmeans"}, "seed": seed},
+        config={"partition": fitted, "seed": seed},
         inputs={"features": "features"},
         work="hardmoe.partitioning.fit:RouterWork",
     )

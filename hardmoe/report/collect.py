@@ -124,6 +124,8 @@ def _router(context: Context) -> RouterFit:
     }
     if "transform" in payload:
         found["transform"] = payload["transform"]
+    if "fine_clusters" in payload:
+        found["fine_clusters"] = payload["fine_clusters"]
     return found
 
 

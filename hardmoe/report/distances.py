@@ -10,8 +10,8 @@ from hardmoe.report.schema import Distances, PartDistances
 
 NUM_BINS = 32
 BORDER = 1.1
-"""An image lies on a border if its second nearest centroid is at most so many times as far away as the nearest. Either may be its
-own part's: a balanced or given part need not be the nearest."""
+"""An image lies on a border if another part's centroid is at most so many times as far away as the nearest. Either may be its own
+part's: a balanced or given part need not be the nearest."""
 _QUANTILES = (5, 50, 95, 99)
 
 

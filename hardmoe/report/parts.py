@@ -5,7 +5,7 @@ from markupsafe import Markup
 from hardmoe.report import charts
 from hardmoe.report.charts import Captions, Series
 from hardmoe.report.formats import format_count, format_percent
-from hardmoe.report.schema import Balance, Distances, Part, Projected, ReportData
+from hardmoe.report.schema import Balance, Distances, Part, Projected, ReportData, Reseeded
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _NUM_EVENTS = 6
@@ -17,7 +17,7 @@ def describe_partition(data: ReportData) -> list[tuple[str, str, str]]:
     if found["variation"] is not None:
         facts.append(("unevenness", f"{found['variation']:.2f}", "standard deviation of the sizes, divided by their mean"))
     if found["bordering"] is not None:
-        meaning = "images whose second nearest centroid is at most 10 % farther away than the nearest"
+        meaning = "images to which another part's centroid is at most 10 % farther away than the nearest"
         facts.append(("on a border", f"{format_percent(found['bordering'])}{_SPACE}%", meaning))
     if found["tag_entropy_bits"]:
         net = found["tag_bits"] - found["tag_chance_bits"]
@@ -26,6 +26,9 @@ def describe_partition(data: ReportData) -> list[tuple[str, str, str]]:
             "what the part says about a hashtag, less what parts dealt out by lot say; and its share of all there is to know"
         )
         facts.append(("tag information", f"{net:.2f}{_SPACE}bits, {share}{_SPACE}%".replace("-", "−"), meaning))
+    if fine := router.get("fine_clusters"):
+        meaning = "found by k-means; those with the most images between them, for their sizes, make a part"
+        facts.append(("two levels", f"{format_count(sum(fine))} fine clusters in {format_count(len(fine))} parts", meaning))
     if "balance" in data:
         facts += _describe_balance(data["balance"], data["dataset"]["sizes"]["train"])
     if "transform" in router:
@@ -34,16 +37,20 @@ def describe_partition(data: ReportData) -> list[tuple[str, str, str]]:
         meaning = "training images whose features are all zero, which no direction can tell apart"
         facts.append(("features of length zero", format_count(router["zero_vectors"]), meaning))
     if router["reseeded"]:
-        events = [f"expert {event['expert']} in pass {event['pass']}" for event in router["reseeded"]]
+        events = [f"{_who(event)} in pass {event['pass']}" for event in router["reseeded"]]
         more = f" and {len(events) - _NUM_EVENTS} more" if len(events) > _NUM_EVENTS else ""
         facts.append(
             (
-                "parts that ran empty",
+                "clusters that ran empty" if "fine_clusters" in router else "parts that ran empty",
                 ", ".join(events[:_NUM_EVENTS]) + more,
                 "given a new centroid where images lay farthest from theirs",
             )
         )
     return facts
+
+
+def _who(event: Reseeded) -> str:
+    return f"expert {event['expert']}" if "expert" in event else f"fine cluster {event['fine_cluster']}"
 
 
 def _describe_transform(projected: Projected) -> tuple[str, str, str]:

@@ -63,8 +63,8 @@ class DatasetFacts(TypedDict):
     dropped_reasons: dict[str, int]
 
 
-Reseeded = TypedDict("Reseeded", {"pass": int, "expert": int})
-"""An expert whose part ran empty in a pass of k-means and was given a new centroid."""
+Reseeded = TypedDict("Reseeded", {"pass": int, "expert": NotRequired[int], "fine_cluster": NotRequired[int]})
+"""An expert's part, or a fine cluster of it, that ran empty in a pass of k-means and was given a new centroid."""
 
 
 class Projected(TypedDict):
@@ -81,7 +81,8 @@ class Projected(TypedDict):
 class RouterFit(TypedDict):
     """How the k-means fit went: the objective after every pass (empty for a random partition).
 
-    `zero_vectors` is the number of training features without a direction, null where nobody counted them.
+    `zero_vectors` is the number of training features without a direction, null where nobody counted them. `fine_clusters` says of
+    how many clusters each part was put together, where it was.
     """
 
     objective: list[float]
@@ -90,6 +91,7 @@ class RouterFit(TypedDict):
     experts: int
     zero_vectors: int | None
     transform: NotRequired[Projected]
+    fine_clusters: NotRequired[list[int]]
 
 
 class Distances(TypedDict):
@@ -104,8 +106,8 @@ class Distances(TypedDict):
 class PartitionFacts(TypedDict):
     """How the partition as a whole is; all but `variation` from the sample that was `looked_at`.
 
-    `variation` is the standard deviation of the parts' sizes divided by their mean. `bordering` is the share of images whose
-    second nearest centroid is at most 10 % farther away than the nearest. `tag_bits` is the mutual information of hashtag and
+    `variation` is the standard deviation of the parts' sizes divided by their mean. `bordering` is the share of images to which
+    another part's centroid is at most 10 % farther away than the nearest. `tag_bits` is the mutual information of hashtag and
     part per occurrence, `tag_chance_bits` what it is for parts dealt out by lot, `tag_entropy_bits` the hashtags' entropy.
     `bordering` and `distances` are null for a random partition.
     """

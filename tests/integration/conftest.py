@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import run_here, write_recipe
+from support import TWO_LEVEL, run_here, write_recipe
 
 _FOUR_SLOTS = "import os; os.cpu_count = lambda: 4; from hardmoe.cli.main import main; main()"
 
@@ -40,6 +40,16 @@ def root_of_one_expert(tmp_path_factory: pytest.TempPathFactory, finished: Path)
     (directory / "photos").symlink_to((finished / "photos").resolve())
     write_recipe(directory, partition={"experts": 1}, reuse=[str(finished / "runs" / "small")])
     run_here(directory, "evaluate")
+    return directory / "runs" / "small"
+
+
+@pytest.fixture(scope="session")
+def two_level_root(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
+    """A whole run whose three parts are groups of 24 fine clusters; what the parts do not decide is the small run's."""
+    directory = tmp_path_factory.mktemp("two-level")
+    (directory / "photos").symlink_to((finished / "photos").resolve())
+    write_recipe(directory, partition=TWO_LEVEL, reuse=[str(finished / "runs" / "small")])
+    run_here(directory, "report")
     return directory / "runs" / "small"
 
 

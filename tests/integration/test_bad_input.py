@@ -225,6 +225,13 @@ def test_photos_that_are_not_there_or_not_photos_are_refused(
     [
         (("hashtags.min_count=400",), ("hashtags.min_count=400", "set hashtags.min_count to", "or less, or add data")),
         (("partition.experts=2000",), ("partition.experts is 2000 but there are only", "training examples; ask for")),
+        (
+            ("partition.experts=30", "partition.method=two_level"),
+            (
+                "two_level looks for 480 fine clusters, but there are only 374 training",
+                "set partition.fine_clusters to 374 or less",
+            ),
+        ),
     ],
 )
 def test_data_that_are_too_few_say_how_many_there_are(

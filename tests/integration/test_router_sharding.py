@@ -1,7 +1,7 @@
 """The same features give the same router, byte for byte: from 1, 7 and 64 shards, from 1 and 4 workers, inline and on Ray.
 
 The router's stage alone, on features that were made up here, so that all of it is fitted in one go in three roots: for every
-number of shards, with plain unit features, with whitened ones, and on the sphere.
+number of shards, with plain unit features, with whitened ones, on the sphere, and with groups of fine clusters on it.
 """
 
 from collections.abc import Generator
@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "l2": {"transform": "l2"},
     "whiten": {"transform": "whiten", "components": 6},
     "sphere": {"transform": "pca", "spherical": True},
+    "groups": {"method": "two_level", "fine_clusters": 20, "transform": "whiten", "components": 6, "spherical": True},
 }
 
 

@@ -253,6 +253,10 @@ def test_fits_that_ran_out_of_passes_are_named(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (
+            ("--set", "partition.method=two_level"),
+            "--sweep compares numbers of parts for k-means, but partition.method is two_level",
+        ),
         (("--set", "partition.method=random"), "--sweep compares numbers of parts for k-means, but partition.method is random"),
         (("--sweep", "300000"), "--sweep asks for 300000 parts of a sample of 262144 examples; ask for fewer parts"),
     ],

@@ -125,6 +125,9 @@ class _Mixture:
             tensors[name] = tensors[name][list(order)].contiguous()
         (directory / "decoder.safetensors").write_bytes(safetensors.torch.save(tensors))
         router = Router(self.router.transform, self.router.centroids_KD[list(order)])
+        if self.router.group_F is not None:  # the centroids stay, each is another number's
+            numbers = np.argsort(order).astype(np.int32)
+            router = Router(self.router.transform, self.router.centroids_KD, numbers[self.router.group_F])
         return _Mixture(self.trunk, router, [self.experts[k] for k in order], _File(open_storage(str(directory))))
 
 
@@ -134,11 +137,15 @@ def _features(network: TagClassifier, images_N3SS: NDArray[np.uint8]) -> NDArray
     return np.concatenate(batches).astype(np.float16).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def mixture(root: Path) -> _Mixture:
+def mixture_of(root: Path) -> _Mixture:
     store = ArtifactStore(open_storage(str(root)))
     experts = [load_network(store.get(f"experts/{name}")) for name in EXPERTS]
     return _Mixture(load_network(store.get("trunk")), load_router(store.get("router")), experts, store.get("decoder"))
+
+
+@pytest.fixture(scope="module")
+def mixture(root: Path) -> _Mixture:
+    return mixture_of(root)
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +161,22 @@ def test_images(root: Path) -> tuple[list[bytes], NDArray[np.uint8]]:
 def test_renumbering_the_experts_changes_no_prediction(
     mixture: _Mixture, test_images: tuple[list[bytes], NDArray[np.uint8]], order: tuple[int, ...], tmp_path: Path
 ) -> None:
-    experts_N, scores_NV = mixture.scores(test_images[1])
-    renumbered_N, again_NV = mixture.renumbered(order, tmp_path).scores(test_images[1])
+    assert_renumbering_changes_nothing(mixture, test_images[1], order, tmp_path)
+
+
+def test_renumbering_the_experts_of_grouped_clusters_changes_no_prediction(
+    two_level_root: Path, test_images: tuple[list[bytes], NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    mixture = mixture_of(two_level_root)
+    assert mixture.router.group_F is not None
+    assert_renumbering_changes_nothing(mixture, test_images[1], (1, 2, 0), tmp_path)
+
+
+def assert_renumbering_changes_nothing(
+    mixture: _Mixture, images_N3SS: NDArray[np.uint8], order: tuple[int, ...], directory: Path
+) -> None:
+    experts_N, scores_NV = mixture.scores(images_N3SS)
+    renumbered_N, again_NV = mixture.renumbered(order, directory).scores(images_N3SS)
     assert len(np.unique(experts_N)) == 3
     np.testing.assert_array_equal(np.array(order)[renumbered_N], experts_N)
     np.testing.assert_array_equal(again_NV, scores_NV)

@@ -26,7 +26,8 @@ IDENTITY = """
     trunk.backbone trunk.stem trunk.image_size trunk.decode trunk.epochs trunk.batch_size trunk.repeat_threshold
     trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
-    partition.experts partition.method partition.slack partition.overlap partition.out_of_part_fraction
+    partition.experts partition.method partition.fine_clusters partition.slack partition.overlap
+    partition.out_of_part_fraction
     partition.transform partition.components partition.spherical
     partition.sample_size partition.restarts partition.max_share partition.max_passes partition.tolerance
     experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.repeat_threshold
@@ -40,6 +41,7 @@ IDENTITY = """
 
 ADDED = {
     "dataset.part_column": None,
+    "partition.fine_clusters": None,
     "partition.slack": 0.05,
     "partition.overlap": None,
     "partition.out_of_part_fraction": 0.0,

@@ -49,6 +49,21 @@ def test_balanced_parts_take_the_router_of_k_means_whatever_their_slack() -> Non
     assert plain["router"] != stages_of(partition={"experts": 4, "tolerance": 0.1})["router"]
 
 
+def test_fine_clusters_are_identity_of_the_two_level_router_alone() -> None:
+    plain = stages_of(partition={"experts": 4})
+    grouped = stages_of(partition={"experts": 4, "method": "two_level"})
+    assert "fine_clusters" not in plain["router"].config["partition"]
+    assert grouped["router"].config["partition"] == {
+        **plain["router"].config["partition"],
+        "method": "two_level",
+        "fine_clusters": 64,
+    }
+    assert grouped["router"] == stages_of(partition={"experts": 4, "method": "two_level", "fine_clusters": 64})["router"]
+    assert grouped["router"] != stages_of(partition={"experts": 4, "method": "two_level", "fine_clusters": 65})["router"]
+    assert grouped["partition"].config["partition"] == {"experts": 4, "method": "two_level"}
+    assert grouped["partition"].inputs == plain["partition"].inputs
+
+
 def test_external_features_stand_on_the_dataset_alone_and_are_known_by_content() -> None:
     first = stages_of(ExternalInputs("", features_sha256="1" * 64), features={"path": "here/f.parquet"})["features"]
     moved = stages_of(ExternalInputs("", features_sha256="1" * 64), features={"path": "there/f.parquet"})["features"]

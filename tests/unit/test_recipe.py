@@ -46,7 +46,10 @@ def refusal(path: Path, *overrides: str) -> str:
         ("partition: {experts: true}", "partition.experts must be a whole number, not true"),
         ("partition: {experts: 2.5}", "partition.experts must be a whole number, not 2.5"),
         ("partition: {experts: 0}", "partition.experts must be at least 1, not 0"),
-        ("partition: {method: magic}", "partition.method must be 'kmeans', 'balanced', 'given' or 'random', not 'magic'"),
+        (
+            "partition: {method: magic}",
+            "partition.method must be 'kmeans', 'balanced', 'two_level', 'given' or 'random', not 'magic'",
+        ),
         ("partition: {overlap: 0.9}", "partition.overlap must be at least 1, not 0.9"),
         ("partition: {out_of_part_fraction: 1}", "partition.out_of_part_fraction must be less than 1, not 1"),
         (
@@ -71,6 +74,24 @@ def refusal(path: Path, *overrides: str) -> str:
         (
             "partition: {method: balanced, experts: 9, sample_size: 8}",
             "sample_size 8 cannot seed 9 experts: raise it to 9 or more",
+        ),
+        (
+            "partition: {fine_clusters: 64}",
+            "fine_clusters 64 does nothing with method 'kmeans': set method: two_level, or leave it out",
+        ),
+        (
+            "partition: {method: two_level, fine_clusters: 4, experts: 8}",
+            "fine_clusters 4 cannot be grouped into 8 parts: raise it to 8 or more",
+        ),
+        ("partition: {method: two_level, sample_size: 100}", "sample_size 100 cannot seed 128 fine clusters: raise it to 128"),
+        (
+            "partition: {method: two_level, experts: 2000}",
+            "32000 fine clusters are too many to be compared pair by pair: set fine_clusters to 16384 or less",
+        ),
+        ("partition: {method: two_level, fine_clusters: 0}", "partition.fine_clusters must be at least 1, not 0"),
+        (
+            "partition: {method: two_level, slack: 0.1}",
+            "slack 0.1 does nothing with method 'two_level': set method: balanced, or leave slack out",
         ),
         ("dataset: {path: 5}", "dataset.path must be text or a list, as in [a, b]"),
         ("trunk: {learning_rate: .nan}", "trunk.learning_rate must be "),

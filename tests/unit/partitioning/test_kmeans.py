@@ -219,7 +219,7 @@ def test_seed_centroids_points_closer_than_the_grid_are_still_distinct():
 @pytest.mark.parametrize(("rows", "distinct"), [(2, 2), (50, 3), (50, 1)])
 def test_seed_centroids_fewer_distinct_points_than_clusters_are_refused(rows, distinct):
     sample = np.resize(np.arange(distinct, dtype=np.float32), rows)[:, None]
-    with pytest.raises(DataError, match=f"^4 experts .* holds {distinct}: lower partition.experts"):
+    with pytest.raises(DataError, match=f"^4 clusters .* holds {distinct}: lower partition.experts"):
         seed_centroids(sample, random_ids(rows), 4, seed=0)
 
 
@@ -374,7 +374,7 @@ def test_partition_config_too_small_a_sample_is_refused_with_the_remedy():
         ),
         (
             {"spherical": True, "method": "given"},
-            "spherical k-means needs a fit, and method 'given' makes none: set method: kmeans",
+            "spherical k-means needs a fit, and method 'given' makes none: set method: kmeans, balanced or two_level",
         ),
         ({"spherical": True, "method": "random"}, "method 'random' makes none"),
     ],

@@ -480,6 +480,16 @@ def test_partition_is_told_with_what_every_number_means():
     assert [word for word, _, _ in describe_partition(unknown)] == ["unevenness", "on a border", "tag information"]
 
 
+def test_partition_of_fine_clusters_says_how_many_make_how_many_parts():
+    data = make_data(3, 20)
+    assert "two levels" not in [word for word, _, _ in describe_partition(data)]
+    data["router"].update(fine_clusters=[1_000, 7, 1], reseeded=[{"pass": 2, "fine_cluster": 1_003}])
+    told = {word: found for word, found, _ in describe_partition(data)}
+    assert told["two levels"] == "1,008 fine clusters in 3 parts"
+    assert told["clusters that ran empty"] == "fine cluster 1003 in pass 2"
+    assert "the expert that has the nearest of their centroids" in render_report(data, make_provenance(3))
+
+
 def test_every_part_shows_its_distances_beside_those_of_all(full_page):
     page = Page(full_page)
     assert {f"distances-{expert}" for expert in range(8)} <= {attributes.get("id") for attributes in page.all("svg")}
