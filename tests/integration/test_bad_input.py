@@ -59,7 +59,10 @@ def nothing_was_built(project: Path) -> bool:
         ("root=5", "root must be text, not 5"),
         ("root=''", "root must be at least 1 character long, not ''"),
         ("evaluation.dense_baseline=maybe", "evaluation.dense_baseline must be true or false, not 'maybe'"),
-        ("partition.method=kmean", "partition.method must be 'kmeans', 'balanced', 'given' or 'random', not 'kmean'"),
+        (
+            "partition.method=kmean",
+            "partition.method must be 'kmeans', 'balanced', 'two_level', 'given' or 'random', not 'kmean'",
+        ),
         ("experts=4", "experts must be a section with keys of its own, not 4"),
         ("trunk.image_size=4", "trunk.image_size must be at least 8, not 4"),
         ("trunk={epochs: 0, batch_size: 0, momentum: 2}", "trunk.epochs must be at least 1, not 0 (and 2 more mistakes)"),
