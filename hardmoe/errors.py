@@ -12,6 +12,8 @@
     │   ├── DriftError           built from another recipe than the one given
     │   └── RebuiltInputError    an input was rebuilt since, so what stands on it is stale
     ├── LeaseError               another process builds this artifact and ours lost it
+    ├── PreemptedError           a unit was asked to make room, and did at a checkpoint; never reaches the user
+    ├── StoppedError             exit code 130: 'hardmoe stop' asked this run to end; running again resumes
     ├── BackendError             the execution backend cannot start or cannot ever run what is asked
     └── UnitsFailedError         exit code 3: some units failed; running again resumes
 
@@ -69,6 +71,16 @@ class RebuiltInputError(ArtifactError):
 
 class LeaseError(HardmoeError):
     """Another process holds the artifact, or took it over from us."""
+
+
+class PreemptedError(HardmoeError):
+    """A unit was asked to make room: it has made a checkpoint, and goes on from there elsewhere or later."""
+
+
+class StoppedError(HardmoeError):
+    """Somebody asked this run to end; what it has is kept."""
+
+    exit_code = 130
 
 
 class BackendError(HardmoeError):

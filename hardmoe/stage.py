@@ -194,6 +194,13 @@ class UnitContext(Context, Protocol):
         """Say how far the unit is; cheap, to be called often."""
         ...
 
+    def asked_to_stop(self) -> str | None:
+        """Why the unit is to make a checkpoint now and raise `PreemptedError`; None to go on. Cheap, to be asked at every step.
+
+        A unit that never asks is left to its end, or dies of a signal.
+        """
+        ...
+
 
 class Work(Protocol):
     """The code of a stage. Built without arguments wherever it is needed; keeps no state between calls."""

@@ -2,7 +2,7 @@
 
 Everything heavy is imported inside a command, so `--help` answers at once. Data goes to stdout, progress and errors to
 stderr. Exit codes: 0 done; 1 an error of hardmoe's own, one sentence; 2 usage; 3 some units failed, running again resumes;
-130 interrupted.
+130 interrupted, by a signal or by `hardmoe stop`.
 """
 
 import signal
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 import hardmoe
-from hardmoe.errors import HardmoeError
+from hardmoe.errors import HardmoeError, StoppedError
 
 _SEEDS = 3
 
@@ -221,6 +221,18 @@ def verify(names: tuple[str, ...], images: bool, **options: Any) -> None:
     verify_artifacts(options, names, images)
 
 
+@cli.command()
+@click.option(
+    "--timeout", "seconds", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Seconds to wait for the end."
+)
+@recipe_options
+def stop(seconds: float, **options: Any) -> None:
+    """Ask every command at work in this root, on whatever machine, to make checkpoints and end; wait until it has."""
+    from hardmoe.cli.stop import stop_run
+
+    stop_run(options, seconds)
+
+
 @cli.group()
 def bench() -> None:
     """Measure what this machine can do with a recipe; builds nothing."""
@@ -255,6 +267,9 @@ def main() -> None:
         # `hardmoe show … | head` is no error; nothing more can be said on a closed stdout.
         sys.stderr.close()
         sys.exit(0)
+    except StoppedError as end:
+        click.echo(str(end), err=True)
+        sys.exit(end.exit_code)
     except HardmoeError as error:
         if debug:
             raise

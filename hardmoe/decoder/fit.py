@@ -29,7 +29,7 @@ from hardmoe.data.loader import SparseTargets
 from hardmoe.data.ragged import take_rows
 from hardmoe.data.resampling import batch_slice, epoch_order, num_batches
 from hardmoe.decoder.config import DecoderConfig
-from hardmoe.errors import DataError, HardmoeError
+from hardmoe.errors import DataError, HardmoeError, PreemptedError
 from hardmoe.hashing import derive_seed
 from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.training.determinism import deterministic
@@ -201,6 +201,7 @@ class _Fit:
         self.steps_per_epoch = num_batches(len(training), config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
+        self.newest_checkpoint: int | None = None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.final_loss: float | None = None
         self.validation_precision_at_1: float | None = None
@@ -220,11 +221,15 @@ class _Fit:
                 self._advance(self.training.take(order_N[rows]))
                 if index == self.steps_per_epoch - 1:
                     self._end_epoch(epoch)
-                self._save_if_due()
+                reason = self.sinks.asked_to_stop() if self.sinks.checkpoints and self.step < self.total_steps else None
+                self._save_if_due(at_once=reason is not None)
                 if self.sinks.progress:
                     seen = self._examples_seen()
                     rate = (seen - first_seen) / max(time.monotonic() - began, 1e-9)
-                    self.sinks.progress(TrainingProgress(self.step, self.total_steps, seen, self.final_loss, rate))
+                    at = TrainingProgress(self.step, self.total_steps, seen, self.final_loss, rate, self.newest_checkpoint)
+                    self.sinks.progress(at)
+                if reason:
+                    raise PreemptedError(f"{reason} at step {self.step} of {self.total_steps}, where a checkpoint was made")
 
     def resume(self) -> None:
         """Take up the newest checkpoint of this fit; those of another fit are deleted."""
@@ -235,7 +240,7 @@ class _Fit:
             checkpoints.clear()
             checkpoint = None
         if checkpoint:
-            self.step = checkpoint.step
+            self.step = self.newest_checkpoint = checkpoint.step
             self.final_loss = checkpoint.state["final_loss"]
             self.validation_precision_at_1 = checkpoint.state["validation_precision_at_1"]
             self.loss_sum.copy_(checkpoint.tensors["loss_sum"])
@@ -286,9 +291,9 @@ class _Fit:
         epoch, index = divmod(self.step, self.steps_per_epoch)
         return epoch * len(self.training) + int(batch_slice(len(self.training), self.config.batch_size, index).start)
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self, *, at_once: bool) -> None:
         every, checkpoints = self.config.checkpoint_every_steps, self.sinks.checkpoints
-        if checkpoints is None or every is None or self.step % every:
+        if checkpoints is None or not (at_once or (every is not None and self.step % every == 0)):
             return
         rows = self.sinks.log.rows if self.sinks.log else []
         tensors = {"loss_sum": self.loss_sum}
@@ -297,6 +302,7 @@ class _Fit:
             tensors |= {f"model.{name}": parameter, f"mean.{name}": moments["exp_avg"], f"square.{name}": moments["exp_avg_sq"]}
         state = {"final_loss": self.final_loss, "validation_precision_at_1": self.validation_precision_at_1}
         checkpoints.save(self.step, tensors, {"fit": self.digest, "rows": rows, **state})
+        self.newest_checkpoint = self.step
 
     def _digest(self) -> str:
         """Names the fit that a checkpoint belongs to: config, seed, examples and start."""

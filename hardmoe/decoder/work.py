@@ -40,7 +40,7 @@ class DecoderWork:
         ).to(unit_device(context))
         log = MetricsLog()
         checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
-        sinks = TrainingSinks(checkpoints, log, progress_teller(context, config.checkpoint_every_steps))
+        sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)
         result = fit(model, training, validation, config, seed, sinks)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         with context.output(DECODER_FILE) as out:

@@ -109,6 +109,14 @@ class Reporter:
         body = self._live(task)
         return "" if body is None else str(body["values"].get("checkpoint", ""))
 
+    def preempted(self, task: UnitTask) -> str | None:
+        """What the attempt that was last submitted said of an end in good order; its process may have died right after."""
+        body = self._live(task)
+        if body is None or body == self._earlier.get(_live_path(task)):
+            return None
+        sentence: str | None = body.get("preempted")
+        return sentence
+
     def _follow(self, build: Build) -> None:
         if build.phase is not None:
             self._tracked[build.stage.name].follow(build.phase.name, build.units_done, len(build.phase.units))

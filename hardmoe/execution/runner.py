@@ -19,13 +19,14 @@ from functools import partial
 from hardmoe.artifacts.lease import Holder, Lease, LeaseObserver
 from hardmoe.artifacts.provenance import describe, now
 from hardmoe.artifacts.store import Artifact, ArtifactStore
-from hardmoe.errors import HardmoeError, UnitsFailedError
+from hardmoe.errors import HardmoeError, StoppedError, UnitsFailedError
 from hardmoe.execution.backend import Backend
 from hardmoe.execution.build import Build, sweep_builds
 from hardmoe.execution.frontier import Frontier
 from hardmoe.execution.plan import Plan, check_inputs, find_built
 from hardmoe.execution.progress import Reporter
 from hardmoe.execution.queue import WorkQueue
+from hardmoe.execution.stopping import STOPPED, StopRequests, present_request
 from hardmoe.execution.task import BuildPaths, UnitOutcome, UnitTask
 from hardmoe.execution.worker import describe_bug
 from hardmoe.stage import Completion, Resources, Stage
@@ -83,25 +84,31 @@ class Runner:
         self._running: Counter[Resources] = Counter()
         self._losses: dict[_Key, tuple[int, str]] = {}
         self._next_poll = 0.0
+        self._requests = StopRequests(store.storage, "")
 
     def run(self, plan: Plan) -> None:
         """Build what is missing.
 
         Raises:
             UnitsFailedError: some units failed for good; the rest was built.
+            StoppedError: `hardmoe stop` asked for it; what ran has come to its end or to a checkpoint.
             HardmoeError: the driver's part of a stage failed (bad data, a full disk, a lost lease).
         """
         self._plan = plan
         self._frontier = Frontier(plan.stages, plan.artifacts)
         self._queue = WorkQueue(plan.heights())
+        self._requests = StopRequests(self._store.storage, present_request(self._store.storage))
         with self._reporter:
             try:
                 self._sweep_after_kills()
                 # A failed artifact's other units go on to their completions, so that the next run does only what is missing.
                 while self._frontier.open or self._in_flight or self._queue:
                     self._reporter.tell_failures()
-                    self._start_ready()
-                    self._submit()
+                    if not self._requests.arrived():
+                        self._start_ready()
+                        self._submit()
+                    elif not self._in_flight:
+                        raise StoppedError(f"{STOPPED}; the same command resumes")
                     self._receive()
                     self._commit_finished()
                     self._tick()
@@ -182,7 +189,7 @@ class Runner:
             self._in_flight[_key(item)] = item
             self._running[item.stage.resources] += 1
             self._reporter.submitted(item)
-            self._backend.submit(item)
+            self._backend.submit(replace(item, stop_request=self._requests.known))
 
     def _has_room(self, demand: Resources) -> bool:
         assert self._backend is not None
@@ -202,7 +209,11 @@ class Runner:
         del self._in_flight[_key(task)]
         self._running[task.stage.resources] -= 1
         if outcome.infrastructure is not None:
-            self._lost(task, outcome.infrastructure)
+            words = outcome.infrastructure if outcome.preempted else self._reporter.preempted(task)
+            if words is None:
+                self._lost(task, outcome.infrastructure)
+            else:
+                self._made_room(task, words)
         elif outcome.error is not None:
             self._fail(name, Failure(task.label, outcome.error))
         elif outcome.completion is not None and not self._frontier.failed(name):
@@ -212,6 +223,14 @@ class Runner:
         self._reporter.unit_done(task)
         self._enqueue(build.complete(completion))
         self._reporter.advanced(build)
+
+    def _made_room(self, task: UnitTask, words: str) -> None:
+        """A unit ended at a new checkpoint: it goes on from there, and none of its tries is used up."""
+        # The unit may have found a request to stop before this driver did.
+        stopping = self._requests.arrived(look_now=True)
+        self._reporter.say(f"{task.label}: {words}" + ("" if stopping else "; going on from there"))
+        self._losses.pop(_key(task), None)
+        self._enqueue([task])
 
     def _lost(self, task: UnitTask, reason: str) -> None:
         """Give a unit whose worker died another try, unless it keeps dying without getting any further.

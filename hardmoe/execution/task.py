@@ -83,6 +83,8 @@ class UnitTask:
     """Whether the backend sets a GPU aside for this unit; filled in by the backend."""
     is_isolated: bool = False
     """Whether the unit is to do in a process of its own what may have killed its workers."""
+    stop_request: str = ""
+    """The newest `hardmoe stop` that came before the unit's driver, which is none of this unit's; filled in by the runner."""
 
     @property
     def paths(self) -> BuildPaths:
@@ -107,6 +109,8 @@ class UnitOutcome:
     """One sentence: our code or the user's data failed. Never retried."""
     infrastructure: str | None = None
     """The worker or its machine died. Retried elsewhere."""
+    preempted: bool = False
+    """With `infrastructure`: it went in good order, with a new checkpoint, so this try does not count."""
 
 
 @dataclass(frozen=True)

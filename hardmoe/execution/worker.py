@@ -2,7 +2,8 @@
 
 The worker itself writes the completion, as its last act and by conditional create, so a dead driver loses nothing and of two
 attempts at the same unit exactly one counts. An exception of our code or of the user's data becomes the outcome's one
-sentence (the traceback goes to the unit's log); only the death of the process is left to the backend to notice.
+sentence (the traceback goes to the unit's log); only the death of the process is left to the backend to notice. A unit that
+was asked to make room leaves word of it with its progress, since its process may die before it can say so.
 """
 
 import json
@@ -17,7 +18,8 @@ from contextlib import contextmanager
 from hardmoe.artifacts.provenance import now
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
-from hardmoe.errors import HardmoeError, StorageError
+from hardmoe.errors import HardmoeError, PreemptedError, StorageError
+from hardmoe.execution.stopping import StopRequests, UnitStop
 from hardmoe.execution.task import StoredCompletion, UnitOutcome, UnitTask, load_completion, parse_completion
 from hardmoe.stage import Completion, FileEntry, Stage, Unit, load_work
 from hardmoe.storage import OutputFile, Storage, join, open_storage
@@ -45,9 +47,10 @@ class StageContext:
 class RunningUnit(StageContext):
     """One attempt at a unit: its outputs under attempt-scoped names, its progress, its log."""
 
-    def __init__(self, task: UnitTask, storage: Storage, meanwhile: Callable[[], None] | None = None) -> None:
+    def __init__(self, task: UnitTask, storage: Storage, stop: UnitStop, meanwhile: Callable[[], None] | None = None) -> None:
         super().__init__(task.stage, storage)
         self._meanwhile = meanwhile
+        self.asked_to_stop = stop.reason
         self.task = task
         self.unit: Unit = task.unit
         self.phase = task.phase
@@ -59,6 +62,7 @@ class RunningUnit(StageContext):
         self._staged: dict[str, str] = {}
         self._scratch: dict[str, str] = {}
         self._last_live = 0.0
+        self._said: dict[str, Json] = {}
         self._host = socket.gethostname()
 
     @contextmanager
@@ -82,13 +86,21 @@ class RunningUnit(StageContext):
 
     def progress(self, done: float, total: float, **values: float | int | str) -> None:
         """Note how far the unit is, at most once a second."""
+        self._said = {"done": done, "total": total, "values": values}
         if time.monotonic() - self._last_live < _LIVE_SECONDS:
             return
         self._last_live = time.monotonic()
-        body = {"done": done, "total": total, "values": values, "host": self._host, "updated": now()}
-        self.storage.write_bytes(self.task.paths.live(self.phase, self.unit.name), json.dumps(body).encode())
+        self._tell()
         if self._meanwhile is not None:
             self._meanwhile()
+
+    def say_preempted(self, sentence: str) -> None:
+        """Leave word, with the latest progress, of an end in good order."""
+        self._tell(preempted=sentence)
+
+    def _tell(self, **more: Json) -> None:
+        body = {**self._said, "host": self._host, "updated": now(), "attempt": self.attempt, **more}
+        self.storage.write_bytes(self.task.paths.live(self.phase, self.unit.name), json.dumps(body).encode())
 
     def complete(self, payload: Json, seconds: float) -> Completion:
         """Create the completion; if another attempt was first, its completion is the one that counts.
@@ -103,28 +115,35 @@ class RunningUnit(StageContext):
         return load_completion(self.storage, path).completion
 
 
-def execute_unit(task: UnitTask, meanwhile: Callable[[], None] | None = None) -> UnitOutcome:
-    """Run one unit to its completion or its error; raises nothing but what kills the process.
+def execute_unit(
+    task: UnitTask, meanwhile: Callable[[], None] | None = None, leaving: Callable[[], str | None] | None = None
+) -> UnitOutcome:
+    """Run one unit to its completion, its error or, if it must make room, its checkpoint; raises only what kills the process.
 
     Args:
         task: what to run.
         meanwhile: called whenever the unit's progress was noted, where the driver itself runs the unit.
+        leaving: says why this machine is about to go, None if it is not.
     """
     try:
         storage = open_storage(task.root)
-        with _unit_log(storage, task):
-            return _execute(task, storage, meanwhile)
+        stop = UnitStop(StopRequests(storage, task.stop_request), leaving)
+        with stop.heeding(), _unit_log(storage, task):
+            return _execute(task, RunningUnit(task, storage, stop, meanwhile))
     except StorageError as error:
         return _failed(task, str(error))
 
 
-def _execute(task: UnitTask, storage: Storage, meanwhile: Callable[[], None] | None) -> UnitOutcome:
+def _execute(task: UnitTask, context: RunningUnit) -> UnitOutcome:
     started = time.monotonic()
     try:
-        context = RunningUnit(task, storage, meanwhile)
         payload = load_work(task.stage).run(context)
         completion = context.complete(payload, time.monotonic() - started)
         return UnitOutcome(task, completion, round(time.monotonic() - started, 3), socket.gethostname())
+    except PreemptedError as error:
+        logger.info("%s", error)
+        context.say_preempted(str(error))
+        return UnitOutcome(task, infrastructure=str(error), host=socket.gethostname(), preempted=True)
     except HardmoeError as error:
         logger.error("%s", error)
         return _failed(task, str(error))

@@ -4,7 +4,8 @@
     {prefix}/step-00001200/state.json          step, state, size and SHA-256 of the tensors: the commit marker
 
 A checkpoint exists when its `state.json` does and agrees with the tensors; anything else is passed over for an earlier
-one, so a worker killed at any byte costs at most the steps since. A worker that was cut off may go on saving for a while
+one, so a worker killed at any byte costs at most the steps since. The newest two are kept, beside them the best by the
+validation split, and what a diverged training would go back to. A worker that was cut off may go on saving for a while
 beside the attempt that took over: both save the same, and neither deletes what lies ahead of itself. Rejected:
 `torch.save`, which pickles, and one file replaced in place, which leaves nothing to go back to.
 """
@@ -13,7 +14,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -26,7 +27,7 @@ from hardmoe.storage import Storage, join
 logger = logging.getLogger(__name__)
 
 KEPT = 2
-"""Checkpoints kept: the newest, and one to go back to if it turns out to be damaged."""
+"""Checkpoints kept in any case: the newest, and one to go back to if it turns out to be damaged."""
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 
@@ -47,8 +48,8 @@ class Checkpoints:
         self.storage = storage
         self.prefix = prefix
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Json) -> None:
-        """Commit a checkpoint, then delete all earlier ones but one."""
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Json, keep: Collection[int] = ()) -> None:
+        """Commit a checkpoint, then delete all earlier ones but one and those of the steps to `keep`."""
         data = safetensors.torch.save({name: _plain(tensor) for name, tensor in tensors.items()})
         marker = {"step": step, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "state": state}
         directory = self._directory(step)
@@ -59,16 +60,24 @@ class Checkpoints:
             if not any(committed and other > step for other, committed in self._steps().items()):
                 raise
             logger.warning("another attempt is ahead and deleted %s while it was being written", directory)
-        self._delete_older(step)
+        self._delete_older(step, keep)
 
-    def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is committed and whole; None if there is none."""
+    def latest(self, at_most: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint, of no later step than `at_most`, that is committed and whole; None if there is none."""
         for step, committed in sorted(self._steps().items(), reverse=True):
+            if at_most is not None and step > at_most:
+                continue
             if not committed:
                 logger.warning("passing over the checkpoint %s: it was never finished", self._directory(step))
             elif checkpoint := self._load(step):
                 return checkpoint
         return None
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the training has gone back and takes another way."""
+        for later in self._steps():
+            if later > step:
+                self.storage.delete_tree(self._directory(later))
 
     def clear(self) -> None:
         """Delete every checkpoint."""
@@ -108,13 +117,18 @@ class Checkpoints:
                 raise
             return b""
 
-    def _delete_older(self, newest: int) -> None:
+    def _delete_older(self, newest: int, keep: Collection[int]) -> None:
         """Keep the newest committed ones up to `newest`, and whatever another attempt has beyond it."""
         steps = self._steps()
         kept = sorted((step for step, committed in steps.items() if committed and step <= newest), reverse=True)[:KEPT]
-        for step in steps.keys() - set(kept):
+        for step in steps.keys() - {*kept, *keep}:
             if step < newest:
                 self.storage.delete_tree(self._directory(step))
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory that later steps do not change."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _plain(tensor: Tensor) -> Tensor:

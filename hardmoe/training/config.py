@@ -39,7 +39,10 @@ class TrainingConfig(Config):
     """Share of all steps over which the learning rate rises linearly."""
 
     checkpoint_every_steps: int | None = operational(200, ge=1)
-    """Steps between checkpoints; null for none."""
+    """Steps between checkpoints; null for none by steps."""
+
+    checkpoint_every_seconds: float | None = operational(120.0, gt=0)
+    """Seconds between checkpoints, whichever comes first; null for none by time. Where they fall changes no result."""
 
     num_threads: int = operational(1, ge=1)
     """CPU threads of one unit. Results are the same bytes only for the same number."""

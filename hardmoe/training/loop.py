@@ -2,19 +2,17 @@
 
 Everything that happens at a step is a function of (seed, step): the batch, the learning rate, the randomness of dropout.
 So a checkpoint holds the weights, the momentum and a handful of numbers, and a training killed anywhere and resumed ends
-with the bits of one that was not (on a CPU; see `determinism`). Rejected: an epoch-based loop with saved generator and
-sampler states, which is where other loops lose exactness.
+with the bits of one that was not (on a CPU; see `determinism`), wherever its checkpoints fell. Rejected: an epoch-based loop
+with saved generator and sampler states, which is where other loops lose exactness.
 
 Shape letters: B batch, S side in pixels, D feature dim, V tags.
 """
 
-import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -22,16 +20,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hardmoe.data.loader import ExampleSet, TrainingBatch
-from hardmoe.errors import HardmoeError
+from hardmoe.errors import HardmoeError, PreemptedError
 from hardmoe.hashing import derive_seed
 from hardmoe.models.backbones import TagClassifier
+from hardmoe.training.background import BackgroundWriter
 from hardmoe.training.checkpoint import Checkpoint, Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import deterministic, seeded_step
+from hardmoe.training.divergence import LEARNING_RATE_FACTOR, Divergence, LossLostError, anchor_before, anchors_needed, is_anchor
 from hardmoe.training.inference import device_images
 from hardmoe.training.losses import softmax_cross_entropy_multi
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from hardmoe.training.snapshot import restore_snapshot, take_snapshot, training_digest
 from hardmoe.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class TrainingProgress:
     """Of the latest step whose loss was fetched from the device; None before the first."""
     examples_per_second: float
     """Since this attempt began."""
+    checkpoint: int | None = None
+    """Step of the newest checkpoint that this attempt has resumed from or written."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class TrainingSinks:
     checkpoints: Checkpoints | None = None
     log: MetricsLog | None = None
     progress: Callable[[TrainingProgress], None] | None = None
+    asked_to_stop: Callable[[], str | None] = lambda: None
+    """Asked after every step: why to end here, with a checkpoint; None to go on."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class TrainingResult:
     samples_per_epoch: tuple[int, ...]
     """How many each epoch shows: the labelled examples, as often as their set says, those with rare hashtags more often if the
     config says so."""
+    divergence: Divergence | None = None
+    """Where the loss was lost and the training went back; None of one that went straight through."""
 
 
 @dataclass
@@ -87,6 +94,11 @@ class _State:
     loss_steps: int = 0
     final_loss: float | None = None
     validation_precision_at_1: float | None = None
+    best_precision_at_1: float | None = None
+    best_step: int | None = None
+    """The first step after which the validation's precision was the best."""
+    diverged_at: int | None = None
+    """See `Divergence`."""
 
 
 def train(
@@ -113,7 +125,8 @@ def train(
         sinks: checkpoints, log and progress, each optional.
 
     Raises:
-        HardmoeError: the loss is no longer a finite number.
+        HardmoeError: the loss is no longer a finite number, and was not a second time, at half the learning rate.
+        PreemptedError: it was asked to stop, and has made a checkpoint.
     """
     sinks = sinks or TrainingSinks()
     labelled = examples.labelled()
@@ -133,6 +146,7 @@ def train(
         final_loss=state.final_loss,
         validation_precision_at_1=state.validation_precision_at_1,
         samples_per_epoch=tuple(schedule.samples_E.tolist()),
+        divergence=training.divergence,
     )
 
 
@@ -156,22 +170,50 @@ class _Training:
         self.schedule = self.examples.schedule(config.batch_size, config.epochs, self.seed, config.repeat_threshold)
         self.total_steps = self.schedule.total_steps
 
+    @property
+    def divergence(self) -> Divergence | None:
+        """Where the training went back, if it did."""
+        at = self.state.diverged_at
+        return None if at is None else Divergence(at, anchor_before(at))
+
     def run(self) -> None:
         """Do the steps that the latest checkpoint has not done."""
-        digest = self._digest() if self.sinks.checkpoints else ""
+        checkpoints = self.sinks.checkpoints
+        facts = [self.config.identity(), self.seed, self.total_steps]
+        self.digest = training_digest(self.model, self.examples, facts) if checkpoints else ""
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = build_optimizer(self.model, self.config)
-        self._resume(digest)
+        self.start = take_snapshot(self.model, self.optimizer)
+        with ExitStack() as stack:
+            self.writer = stack.enter_context(BackgroundWriter(checkpoints)) if checkpoints else None
+            self._resume()
+            while self.state.step < self.total_steps:
+                try:
+                    self._go_on()
+                except LossLostError as lost:
+                    self._go_back(lost)
+
+    def _go_on(self) -> None:
+        """The steps up to the end, or until the loss is lost."""
         first_step, began = self.state.step, time.monotonic()
+        self.saved_at = began
         for batch in self.examples.training_batches(self.schedule, first_step):
             self._step(batch)
             self._report()
-            self._save(digest)
+            self._note_going_back()
+            reason = self.sinks.asked_to_stop() if self.writer and self.state.step < self.total_steps else None
+            if reason or self._checkpoint_is_due():
+                self._save()
+            if self.writer and reason:
+                self.writer.wait()
             if self.sinks.progress:
                 seen = self.schedule.samples_before(self.state.step)
                 rate = (seen - self.schedule.samples_before(first_step)) / max(time.monotonic() - began, 1e-9)
-                self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate))
+                newest = self.writer.written if self.writer else None
+                self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate, newest))
+            if reason:
+                raise PreemptedError(f"{reason} at step {self.state.step} of {self.total_steps}, where a checkpoint was made")
 
     def _step(self, batch: TrainingBatch) -> None:
         set_learning_rate(self.optimizer, self._learning_rate(self.state.step))
@@ -191,17 +233,17 @@ class _Training:
         self.state.step += 1
 
     def _learning_rate(self, step: int) -> float:
-        return learning_rate_at(step, self.total_steps, self.config)
+        went_back = self.divergence is not None and step >= self.divergence.back_to
+        return learning_rate_at(step, self.total_steps, self.config) * (LEARNING_RATE_FACTOR if went_back else 1.0)
 
     def _fetch_losses(self) -> None:
         """Bring the losses from the device; done rarely on a GPU, since it waits for all queued work."""
         losses = torch.stack(self.unfetched).double().tolist()
         for step, loss in enumerate(losses, start=self.state.step - len(losses)):
             if not math.isfinite(loss):
-                raise HardmoeError(
-                    f"the loss became {loss} at step {step + 1} of {self.total_steps}, at learning rate "
-                    f"{self._learning_rate(step):.3g}; lower learning_rate (now {self.config.learning_rate:g}) and run again"
-                )
+                rate = self._learning_rate(step)
+                where = f"at step {step + 1} of {self.total_steps}, at learning rate {rate:.3g}"
+                raise LossLostError(step + 1, f"the loss became {loss} {where}")
             self.state.loss_sum += loss
         self.state.loss_steps += len(losses)
         self.last_loss = losses[-1]
@@ -211,7 +253,7 @@ class _Training:
         state = self.state
         epoch = self.schedule.place(state.step - 1)[0] + 1
         row_is_due = state.step % STEPS_PER_ROW == 0 or state.step == self.total_steps
-        if row_is_due or self._checkpoint_is_due() or self.device.type == "cpu":
+        if row_is_due or self.schedule.ends_epoch(state.step) or self.device.type == "cpu":
             self._fetch_losses()
         if row_is_due:
             state.final_loss = state.loss_sum / state.loss_steps
@@ -226,11 +268,12 @@ class _Training:
             self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
         if self.validation:
             scores = validate(self.model, self.validation, self.config.batch_size, self.device)
-            state.validation_precision_at_1 = scores.precision_at_1
             if not math.isfinite(scores.loss):
-                raise HardmoeError(
-                    f"the validation loss became {scores.loss} after epoch {epoch}; lower learning_rate and run again"
-                )
+                where = f"after step {state.step} of {self.total_steps}, the end of epoch {epoch}"
+                raise LossLostError(state.step, f"the validation loss became {scores.loss} {where}")
+            if state.best_precision_at_1 is None or scores.precision_at_1 > state.best_precision_at_1:
+                state.best_precision_at_1, state.best_step = scores.precision_at_1, state.step
+            state.validation_precision_at_1 = scores.precision_at_1
             row = {"validation_precision@1": scores.precision_at_1, "validation_loss": scores.loss}
             self._log({"step": state.step, "epoch": epoch, **row})
 
@@ -239,54 +282,78 @@ class _Training:
             self.sinks.log.append(row)
 
     def _checkpoint_is_due(self) -> bool:
-        every = self.config.checkpoint_every_steps
-        return self.sinks.checkpoints is not None and every is not None and self.state.step % every == 0
+        steps, seconds, step = self.config.checkpoint_every_steps, self.config.checkpoint_every_seconds, self.state.step
+        if self.writer is None or (steps is None and seconds is None):
+            return False
+        if step == self.state.best_step or is_anchor(step):
+            return True
+        return (steps is not None and step % steps == 0) or (seconds is not None and time.monotonic() - self.saved_at >= seconds)
 
-    def _save(self, digest: str) -> None:
-        if not self.sinks.checkpoints or not self._checkpoint_is_due():
-            return
-        rows = self.sinks.log.rows if self.sinks.log else []
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
-                tensors[f"optimizer.{name}"] = momentum
-        self.sinks.checkpoints.save(self.state.step, tensors, {"training": digest, "rows": rows, **asdict(self.state)})
+    def _save(self) -> None:
+        """Hand a checkpoint over to be written; the losses are fetched before, so that none of a lost loss is ever made."""
+        assert self.writer is not None
+        if self.unfetched:
+            self._fetch_losses()
+        state = self.state
+        rows = list(self.sinks.log.rows) if self.sinks.log else []
+        keep = anchors_needed(state.step) | ({state.best_step} if state.best_step is not None else set())
+        tensors = take_snapshot(self.model, self.optimizer)
+        self.writer.submit(state.step, tensors, {"training": self.digest, "rows": rows, **asdict(state)}, keep)
+        self.saved_at = time.monotonic()
 
-    def _resume(self, digest: str) -> None:
-        checkpoint = self.sinks.checkpoints.latest() if self.sinks.checkpoints else None
-        if self.sinks.checkpoints and checkpoint and checkpoint.state.get("training") != digest:
-            logger.warning("the checkpoints in %s belong to another training and are deleted", self.sinks.checkpoints.prefix)
-            self.sinks.checkpoints.clear()
+    def _resume(self) -> None:
+        checkpoints = self.sinks.checkpoints
+        checkpoint = checkpoints.latest() if checkpoints else None
+        if checkpoints and checkpoint and checkpoint.state.get("training") != self.digest:
+            logger.warning("the checkpoints in %s belong to another training and are deleted", checkpoints.prefix)
+            checkpoints.clear()
             checkpoint = None
-        if checkpoint:
-            self._restore(checkpoint)
+        self._restore(checkpoint)
+
+    def _go_back(self, lost: LossLostError) -> None:
+        """Take up the state from which a lost loss is tried again.
+
+        Raises:
+            HardmoeError: it was tried again already.
+        """
+        if (before := self.divergence) is not None:
+            raise HardmoeError(
+                f"{lost}, after it was lost at step {before.step} already and the training went back to step {before.back_to} "
+                f"with half the learning rate; lower learning_rate (now {self.config.learning_rate:g}) and run again"
+            )
+        to = anchor_before(lost.step)
+        logger.warning("%s; the training goes back to step %d and on from there with half the learning rate", lost, to)
+        checkpoint = None
+        if self.sinks.checkpoints and self.writer:
+            self.writer.wait()
+            self.sinks.checkpoints.delete_after(to)
+            checkpoint = self.sinks.checkpoints.latest(at_most=to)
+        self._restore(checkpoint)
+        self.state.diverged_at = lost.step
+        self._note_going_back()
+
+    def _note_going_back(self) -> None:
+        """A row in the log where the rate changes; the steps up to there, if they are done again, have theirs first."""
+        if (divergence := self.divergence) is None or divergence.back_to != self.state.step or not self.sinks.log:
+            return
+        # Another attempt's checkpoint of this very step has it already.
+        if not any("diverged_at" in row for row in self.sinks.log.rows):
+            row = {"diverged_at": divergence.step, "learning_rate_factor": divergence.learning_rate_factor}
+            self._log({"step": self.state.step, **row})
+
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
+        """Be where a checkpoint was made, or at the start."""
+        self.unfetched.clear()
+        if self.writer:
+            self.writer.written = checkpoint.step if checkpoint else None
         if self.sinks.log:
             self.sinks.log.restore(checkpoint.state["rows"] if checkpoint else ())
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        self.state = _State(**{field.name: checkpoint.state[field.name] for field in fields(_State)})
-        tensors = checkpoint.tensors
-        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
-        for name, parameter in self.model.named_parameters():
-            if (momentum := tensors.get(f"optimizer.{name}")) is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-
-    def _digest(self) -> str:
-        """Names the training that a checkpoint belongs to: config, seed, examples, initial weights, what is trainable."""
-        trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        facts = [self.config.identity(), self.seed, self.examples.image_size, self.total_steps, trainable]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for array in (self.examples.ids_N16, self.examples.label_offsets, self.examples.label_indices_L):
-            digest.update(array.tobytes())
-        if self.examples.times_N is not None:
-            digest.update(self.examples.times_N.tobytes())
-        # An id may be the user's own name of an image that was replaced since; hashing costs a fraction of the decoding.
-        for images_B3SS in self.examples.sequential_images(self.config.batch_size):
-            digest.update(images_B3SS.data)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        if checkpoint is None:
+            self.state = _State()
+            restore_snapshot(self.model, self.optimizer, self.start)
+        else:
+            self.state = _State(**{field.name: checkpoint.state[field.name] for field in fields(_State)})
+            restore_snapshot(self.model, self.optimizer, checkpoint.tensors)
 
 
 @contextmanager

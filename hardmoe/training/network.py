@@ -116,7 +116,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
         model.load_state_dict(job.start)
     log = MetricsLog()
     checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
-    sinks = TrainingSinks(checkpoints, log, progress_teller(context, job.config.checkpoint_every_steps))
+    sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)
     device = unit_device(context)
     result = train(model, examples, job.config, seed=job.seed, device=device, validation=validation, sinks=sinks)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -124,7 +124,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
         out.write(safetensors.torch.save(weights))
     with context.output(METRICS_FILE) as out:
         out.write(log.to_bytes())
-    payload = {
+    payload: dict[str, Json] = {
         "architecture": asdict(job.architecture),
         "num_features": model.backbone.num_features,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -135,6 +135,8 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
         "final_loss": result.final_loss,
         "validation_precision@1": result.validation_precision_at_1,
     }
+    if result.divergence is not None:
+        payload["divergence"] = asdict(result.divergence)
     with context.output(description_file) as out:
         out.write((json.dumps(payload, indent=1, sort_keys=True) + "\n").encode())
     return payload
@@ -170,15 +172,15 @@ def _encoded(job: NetworkJob, split: str, paths: list[str]) -> Iterator[EncodedB
         start = stop
 
 
-def progress_teller(context: UnitContext, checkpoint_every_steps: int | None) -> Callable[[TrainingProgress], None]:
+def progress_teller(context: UnitContext) -> Callable[[TrainingProgress], None]:
     """Passes a training's progress on to the unit's, with the step of its newest checkpoint."""
 
     def tell(at: TrainingProgress) -> None:
         values: dict[str, float | int | str] = {"examples/s": round(at.examples_per_second, 1), "step": at.step}
         if at.loss is not None:
             values["loss"] = round(at.loss, 5)
-        if checkpoint_every_steps is not None:
-            values["checkpoint"] = at.step // checkpoint_every_steps * checkpoint_every_steps
+        if at.checkpoint is not None:
+            values["checkpoint"] = at.checkpoint
         context.progress(at.step, at.total_steps, **values)
 
     return tell

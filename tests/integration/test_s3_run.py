@@ -94,7 +94,12 @@ def records_in(storage: Storage) -> dict[str, bytes]:
 def test_run_through_faults_has_the_records_of_a_run_without(run: Run) -> None:
     assert records_in(run.storage) == records(run.directory / "runs" / "local")
     # No half-written file, no lease, nothing staged is left, and nothing is missing.
-    assert run.storage.list("") == open_storage(str(run.directory / "runs" / "local")).list("")
+    # (Which checkpoints a training leaves depends on how fast the store took them.)
+    far, local = (
+        [path for path in storage.list("") if "/checkpoints/" not in path]
+        for storage in (run.storage, open_storage(str(run.directory / "runs" / "local")))
+    )
+    assert far == local
     assert run.injected["busy"] > 0.07 * run.requests
     assert all(run.injected[kind] > 0 for kind in ("refuse", "cut", "lose"))
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, set[str]] = {
     "logs": RECIPE | {"NAME", "--failed"},
     "show": RECIPE | {"NAME", "--json"},
     "verify": RECIPE | {"NAMES", "--images"},
+    "stop": RECIPE | {"--timeout"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

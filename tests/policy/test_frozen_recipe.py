@@ -56,8 +56,8 @@ OPERATIONAL = """
     dataset.path dataset.image_root dataset.tags_path
     hashtags.aliases hashtags.allow hashtags.deny
     features.path features.num_threads
-    trunk.gpus trunk.num_threads trunk.checkpoint_every_steps
-    experts.gpus experts.num_threads experts.checkpoint_every_steps
+    trunk.gpus trunk.num_threads trunk.checkpoint_every_steps trunk.checkpoint_every_seconds
+    experts.gpus experts.num_threads experts.checkpoint_every_steps experts.checkpoint_every_seconds
     decoder.num_threads decoder.checkpoint_every_steps
     execution.backend execution.address execution.parallel execution.attempts
 """

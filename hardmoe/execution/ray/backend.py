@@ -20,7 +20,6 @@ from hardmoe.errors import BackendError
 from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
 from hardmoe.execution.task import UnitOutcome, UnitTask
-from hardmoe.execution.worker import execute_unit
 from hardmoe.stage import Resources
 
 _OBJECT_STORE_BYTES = 128 * 2**20
@@ -140,8 +139,10 @@ class RayBackend:
             # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.
             raise KeyboardInterrupt from end
         self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        from hardmoe.execution.ray.draining import execute_heeding_drains
+
         # Made once: every new remote function is shipped to all workers again.
-        self._remote = ray.remote(execute_unit)
+        self._remote = ray.remote(execute_heeding_drains)
 
 
 def _check_reachable(address: str) -> None:

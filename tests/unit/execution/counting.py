@@ -16,7 +16,7 @@ from pathlib import Path
 from hardmoe.artifacts.lease import LeaseObserver
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.config import Json
-from hardmoe.errors import DataError
+from hardmoe.errors import DataError, PreemptedError
 from hardmoe.execution.backend import Backend
 from hardmoe.execution.inline import InlineBackend
 from hardmoe.execution.plan import Plan, make_plan
@@ -59,6 +59,7 @@ class CountingWork:
         arguments = context.unit.arguments
         context.progress(0, 1, **control.values(label))
         control.act(label)
+        control.make_room(label, context)
         if context.phase == "square":
             value = arguments["number"] ** 2
             with context.scratch("value") as out:
@@ -118,6 +119,20 @@ class Control:
         """Values that a unit reports with its progress."""
         path = self.directory and self.directory / f"checkpoint-{label}"
         return {"checkpoint": path.read_text()} if path and path.exists() else {}
+
+    def make_room(self, label: str, context: UnitContext) -> None:
+        """Once, if so ordered: stay until it is asked to stop, and do. Every attempt says on which of Ray's nodes it is."""
+        if self.directory is None or not list(self.directory.glob(f"*room-{label}")):
+            return
+        import ray
+
+        (self.directory / f"at-{label}-{ray.get_runtime_context().get_node_id()}").touch()
+        order = self.directory / f"room-{label}"
+        while order.exists():
+            if reason := context.asked_to_stop():
+                order.rename(self.directory / f"made-room-{label}")
+                raise PreemptedError(f"{reason} at step 1 of 2")
+            time.sleep(0.01)
 
     def act(self, label: str) -> None:
         """Misbehave as ordered."""

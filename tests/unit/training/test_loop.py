@@ -2,9 +2,12 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +15,10 @@ import torch
 from torch import nn
 
 from hardmoe.data.loader import ExampleSet
-from hardmoe.errors import HardmoeError
+from hardmoe.errors import HardmoeError, PreemptedError, StorageError
 from hardmoe.models.backbones import TagClassifier, build_backbone, normalise_images
 from hardmoe.storage import LocalStorage
+from hardmoe.training import loop
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.loop import TrainingProgress, TrainingResult, TrainingSinks, running_statistics_for_single_values, train
@@ -64,6 +68,8 @@ class Attempt:
     backbone: str = "quicknet_w4"
     seed: int = 0
     examples: ExampleSet | None = None
+    stop_at: int | None = None
+    """Step after which it is asked to stop."""
 
     def __post_init__(self) -> None:
         self.storage = LocalStorage(self.folder)
@@ -77,10 +83,19 @@ class Attempt:
 
         model = make_model(self.backbone)
         log = MetricsLog()
-        sinks = TrainingSinks(Checkpoints(self.storage, "checkpoints"), log, watch)
+        steps_before = self.resumed_at()
+        asked = count(steps_before + 1)
+        sinks = TrainingSinks(
+            Checkpoints(self.storage, "checkpoints"), log, watch, lambda: "told to" if next(asked) == self.stop_at else None
+        )
         examples = EXAMPLES if self.examples is None else self.examples
         result = train(model, examples, self.config, seed=self.seed, device=CPU, validation=VALIDATION, sinks=sinks)
         return result, model.state_dict(), log.to_bytes()
+
+    def resumed_at(self) -> int:
+        """Steps of the newest checkpoint."""
+        found = Checkpoints(self.storage, "checkpoints").latest()
+        return 0 if found is None else found.step
 
 
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -103,10 +118,124 @@ def test_killed_and_resumed_training_has_the_bits_of_an_uninterrupted_one(
             attempt.run(kill_at)
     attempt.progress.clear()
     result, weights, metrics = attempt.run()
-    assert attempt.progress[0].step == kills[-1] // 7 * 7 + 1
+    # The last one due is always written; the best epoch's comes besides.
+    assert kills[-1] // 7 * 7 < attempt.progress[0].step <= kills[-1] + 1
     assert result == uninterrupted[0]
     assert_same_bits(weights, uninterrupted[1])
     assert metrics == uninterrupted[2]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 24, None])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bits_do_not_depend_on_where_checkpoints_fall(
+    tmp_path: Path,
+    uninterrupted: tuple[TrainingResult, dict[str, torch.Tensor], bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    every: int | None,
+    seed: int,
+) -> None:
+    """By time they fall anywhere: here a clock that leaps at random decides, and kills come at random as well."""
+    chance = np.random.default_rng(seed)
+    now = [0.0]
+
+    def leap() -> float:
+        now[0] += float(chance.exponential(1.0))
+        return now[0]
+
+    monkeypatch.setattr(loop.time, "monotonic", leap)
+    config = CONFIG.model_copy(update={"checkpoint_every_steps": every, "checkpoint_every_seconds": 12.0})
+    attempt = Attempt(tmp_path, config)
+    for kill_at in sorted(chance.choice(np.arange(2, 24), 3, replace=False).tolist()):
+        with pytest.raises(Killed):
+            attempt.run(kill_at)
+    result, weights, metrics = attempt.run()
+    assert (result, metrics) == (uninterrupted[0], uninterrupted[2])
+    assert_same_bits(weights, uninterrupted[1])
+
+
+def test_checkpoints_fall_due_by_time_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    attempt = Attempt(tmp_path, CONFIG.model_copy(update={"checkpoint_every_steps": None, "checkpoint_every_seconds": 10.0}))
+    saved: list[int] = []
+    monkeypatch.setattr(loop, "take_snapshot", noting(loop.take_snapshot, lambda: saved.append(len(attempt.progress) + 1)))
+
+    class Ticking(list[TrainingProgress]):
+        def append(self, progress: TrainingProgress) -> None:
+            super().append(progress)
+            now[0] += 3.0
+
+    attempt.progress = Ticking()
+    result = attempt.run()[0]
+    assert result.steps == 24
+    # The first one is the start; four steps take 12 seconds; the best epochs' ends count besides.
+    assert saved[:3] == [1, 5, 8]
+    assert attempt.progress[-1].checkpoint is not None
+
+
+def noting(function: Callable[..., Any], note: Callable[[], None]) -> Callable[..., Any]:
+    """The function, and something done before each call."""
+
+    def noted(*arguments: Any) -> Any:
+        note()
+        return function(*arguments)
+
+    return noted
+
+
+def test_without_checkpoints_none_is_written(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, CONFIG.model_copy(update={"checkpoint_every_steps": None, "checkpoint_every_seconds": None}))
+    attempt.run()
+    assert attempt.storage.list("") == []
+
+
+def test_best_checkpoint_is_kept_beside_the_newest_two(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"epochs": 6, "checkpoint_every_steps": 1})
+    attempt = Attempt(tmp_path, config)
+    rows = [json.loads(line) for line in attempt.run()[2].splitlines()]
+    scores = {row["step"]: row["validation_precision@1"] for row in rows if "validation_loss" in row}
+    best = min(step for step, score in scores.items() if score == max(scores.values()))
+    steps = sorted({int(path.split("/")[1].removeprefix("step-")) for path in attempt.storage.list("")})
+    assert best < 46, "the last epoch is the best: the test shows nothing"
+    assert best in steps
+    assert steps[-1] == 48
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize("stop_at", [1, 8, 13])
+@pytest.mark.parametrize("every", [None, 7])
+def test_training_that_is_asked_to_stop_loses_no_step(
+    tmp_path: Path,
+    uninterrupted: tuple[TrainingResult, dict[str, torch.Tensor], bytes],
+    stop_at: int,
+    every: int | None,
+) -> None:
+    config = CONFIG.model_copy(update={"checkpoint_every_steps": every, "checkpoint_every_seconds": None})
+    attempt = Attempt(tmp_path, config, stop_at=stop_at)
+    with pytest.raises(PreemptedError, match=f"^told to at step {stop_at} of 24, where a checkpoint was made$"):
+        attempt.run()
+    assert attempt.progress[-1].checkpoint == attempt.progress[-1].step == stop_at
+    attempt.stop_at = None
+    attempt.progress.clear()
+    result, weights, metrics = attempt.run()
+    assert attempt.progress[0].step == stop_at + 1
+    assert (result, metrics) == (uninterrupted[0], uninterrupted[2])
+    assert_same_bits(weights, uninterrupted[1])
+
+
+def test_training_that_is_asked_to_stop_at_its_last_step_is_through(tmp_path: Path) -> None:
+    assert Attempt(tmp_path, stop_at=24).run()[0].steps == 24
+
+
+def test_checkpoint_that_cannot_be_written_fails_the_training_with_its_own_sentence(tmp_path: Path) -> None:
+    class Full(LocalStorage):
+        def write_bytes(self, path: str, data: bytes) -> None:
+            raise StorageError("cannot write: the disk is full; free some space and run again")
+
+    attempt = Attempt(tmp_path)
+    attempt.storage = Full(tmp_path)
+    with pytest.raises(StorageError, match="the disk is full"):
+        attempt.run()
 
 
 def test_training_with_repeats_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -172,8 +301,9 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
         attempt.run(kill_at=22)
     attempt.storage.write_bytes("checkpoints/step-00000021/state.safetensors", b"rubbish")
     attempt.progress.clear()
+    before = attempt.resumed_at()
     result, weights, metrics = attempt.run()
-    assert attempt.progress[0].step == 15
+    assert attempt.progress[0].step == before + 1 < 21
     assert (result, metrics) == (uninterrupted[0], uninterrupted[2])
     assert_same_bits(weights, uninterrupted[1])
 
