@@ -1,9 +1,9 @@
 """The training loop that the trunk, every expert and the dense baseline share.
 
-Everything that happens at a step is a function of (seed, step): the batch, the learning rate, the randomness of dropout.
-So a checkpoint holds the weights, the momentum and a handful of numbers, and a training killed anywhere and resumed ends
-with the bits of one that was not (on a CPU; see `determinism`). Rejected: an epoch-based loop with saved generator and
-sampler states, which is where other loops lose exactness.
+Everything that happens at a step (see `step`) is a function of (seed, step): the batch, the learning rate, the randomness of
+augmentation and dropout. So a checkpoint holds the weights, their average, the optimiser's state and a handful of numbers, and
+a training killed anywhere and resumed ends with the bits of one that was not (on a CPU; see `determinism`). Rejected: an
+epoch-based loop with saved generator and sampler states, which is where other loops lose exactness.
 
 Shape letters: B batch, S side in pixels, D feature dim, V tags.
 """
@@ -13,31 +13,32 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from hardmoe.data.loader import ExampleSet, TrainingBatch
+from hardmoe.data.loader import ExampleSet
 from hardmoe.errors import HardmoeError
-from hardmoe.hashing import derive_seed
 from hardmoe.models.backbones import TagClassifier
+from hardmoe.training.average import WeightAverage
 from hardmoe.training.checkpoint import Checkpoint, Checkpoints
 from hardmoe.training.config import TrainingConfig
-from hardmoe.training.determinism import deterministic, seeded_step
-from hardmoe.training.inference import device_images
-from hardmoe.training.losses import softmax_cross_entropy_multi
+from hardmoe.training.determinism import deterministic
+from hardmoe.training.losses import build_loss
 from hardmoe.training.metrics_log import MetricsLog
-from hardmoe.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from hardmoe.training.optim import build_optimizer, learning_rate_at, optimizer_state, restore_optimizer_state
+from hardmoe.training.step import Stepper
 from hardmoe.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
 STEPS_PER_ROW = 20
 """Steps between rows of the metrics log."""
+_LAYOUT = 2
+"""Of a checkpoint's tensors; one of another layout is not resumed."""
 
 
 @dataclass(frozen=True)
@@ -162,33 +163,22 @@ class _Training:
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = build_optimizer(self.model, self.config)
+        self.average = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay is not None else None
+        loss = build_loss(self.config, self.examples, self.model.decoder.out_features, self.seed, self.device)
+        stepper = Stepper(self.model, self.optimizer, self.average, loss, self.config, self.seed, self.device)
         self._resume(digest)
         first_step, began = self.state.step, time.monotonic()
         for batch in self.examples.training_batches(self.schedule, first_step):
-            self._step(batch)
+            self.unfetched.append(stepper.take(batch, self.state.step, self._learning_rate(self.state.step)))
+            self.state.step += 1
             self._report()
             self._save(digest)
             if self.sinks.progress:
                 seen = self.schedule.samples_before(self.state.step)
                 rate = (seen - self.schedule.samples_before(first_step)) / max(time.monotonic() - began, 1e-9)
                 self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate))
-
-    def _step(self, batch: TrainingBatch) -> None:
-        set_learning_rate(self.optimizer, self._learning_rate(self.state.step))
-        targets_BV = batch.targets.dense(self.model.decoder.out_features, self.device)
-        alone = len(batch.images_B3SS) == 1
-        with (
-            seeded_step(derive_seed(self.seed, "step", self.state.step), self.device),
-            running_statistics_for_single_values(self.model) if alone else nullcontext(),
-        ):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                _, logits_BV = self.model(device_images(batch.images_B3SS, self.device))
-            loss = softmax_cross_entropy_multi(logits_BV, targets_BV)
-            self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.unfetched.append(loss.detach())
-        self.state.step += 1
+        if self.average is not None:
+            self.average.replace()
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate_at(step, self.total_steps, self.config)
@@ -221,11 +211,13 @@ class _Training:
             self._log({"step": state.step, "epoch": epoch, "examples": seen, "loss": state.final_loss, "learning_rate": rate})
         if not self.schedule.ends_epoch(state.step):
             return
-        if self.config.repeat_threshold is not None or self.examples.times_N is not None:
+        asked_for = (self.config.repeat_threshold, self.examples.times_N, self.examples.budget)
+        if any(asked is not None for asked in asked_for):
             samples = int(self.schedule.samples_E[epoch - 1])
             self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
         if self.validation:
-            scores = validate(self.model, self.validation, self.config.batch_size, self.device)
+            with self.average.in_use() if self.average is not None else nullcontext():
+                scores = validate(self.model, self.validation, self.config.batch_size, self.device, self.config.loss)
             state.validation_precision_at_1 = scores.precision_at_1
             if not math.isfinite(scores.loss):
                 raise HardmoeError(
@@ -247,9 +239,9 @@ class _Training:
             return
         rows = self.sinks.log.rows if self.sinks.log else []
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
-                tensors[f"optimizer.{name}"] = momentum
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self.model, self.optimizer).items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
         self.sinks.checkpoints.save(self.state.step, tensors, {"training": digest, "rows": rows, **asdict(self.state)})
 
     def _resume(self, digest: str) -> None:
@@ -267,14 +259,22 @@ class _Training:
         self.state = _State(**{field.name: checkpoint.state[field.name] for field in fields(_State)})
         tensors = checkpoint.tensors
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
-        for name, parameter in self.model.named_parameters():
-            if (momentum := tensors.get(f"optimizer.{name}")) is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+        restore_optimizer_state(self.model, self.optimizer, _below("optimizer.", tensors))
+        if self.average is not None:
+            self.average.restore(_below("average.", tensors))
 
     def _digest(self) -> str:
         """Names the training that a checkpoint belongs to: config, seed, examples, initial weights, what is trainable."""
         trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        facts = [self.config.identity(), self.seed, self.examples.image_size, self.total_steps, trainable]
+        facts = [
+            _LAYOUT,
+            self.config.identity(),
+            self.seed,
+            self.examples.image_size,
+            self.total_steps,
+            self.examples.budget,
+            trainable,
+        ]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for array in (self.examples.ids_N16, self.examples.label_offsets, self.examples.label_indices_L):
             digest.update(array.tobytes())
@@ -289,22 +289,5 @@ class _Training:
         return digest.hexdigest()
 
 
-@contextmanager
-def running_statistics_for_single_values(model: nn.Module) -> Iterator[None]:
-    """Let batch normalisation use its running statistics wherever a channel has one value only.
-
-    A batch of one image has no variance once its maps are 1x1; torch refuses it. Layers with larger maps are not affected.
-    """
-
-    def choose(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values_per_channel = inputs[0].numel() // inputs[0].shape[1]
-        module.train(values_per_channel > 1)
-
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    handles = [layer.register_forward_pre_hook(choose) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle, layer in zip(handles, layers, strict=True):
-            handle.remove()
-            layer.train()
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
