@@ -50,9 +50,10 @@ class Config(BaseModel):
         return {n for n, field in fields if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get(mark)}
 
     def identity(self) -> dict[str, Json]:
-        """The fields that decide what is computed, as plain JSON values."""
+        """The fields that decide what is computed, as plain JSON values; of a section within the section, its identity."""
         unused = {name for name in self.added_fields() if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_dump(mode="json", exclude=self.operational_fields() | unused)
+        values = self.model_dump(mode="json", exclude=self.operational_fields() | unused)
+        return {name: inner.identity() if isinstance(inner := getattr(self, name), Config) else values[name] for name in values}
 
     def operational_values(self) -> dict[str, Json]:
         """The other fields: places, threads, intervals."""

@@ -66,6 +66,16 @@ class Recipe(Config):
                         f"experts.init is 'trunk' but experts.{key} '{own}' is not the trunk's '{trunk}'; "
                         "set experts.init: random, or leave experts.backbone out"
                     )
+        if self.experts.init == "trunk" and self.experts.loss == "sigmoid" != self.trunk.loss:
+            raise ValueError(
+                f"experts.loss is 'sigmoid' but the experts start from a trunk trained with '{self.trunk.loss}', whose outputs "
+                "are no log odds; set trunk.loss: sigmoid, or experts.init: random"
+            )
+        if self.experts.budget == "examples" and self.partition.has_extra_copies:
+            raise ValueError(
+                "experts.budget: examples gives every expert as many images, where partition.overlap and "
+                "partition.out_of_part_fraction let some train on more; take those out, or set experts.budget: epochs"
+            )
         if self.partition.method == "given" and self.dataset.part_column is None:
             raise ValueError(
                 "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans"

@@ -50,12 +50,13 @@ def write_recipe(path: Path, force: bool) -> str:
 
 def _lines(section: type[BaseModel], defaults: BaseModel, prefix: str) -> list[str]:
     lines: list[str] = []
+    indent = "  " * prefix.count(".")
     for name, field in section.model_fields.items():
         value = getattr(defaults, name)
         if isinstance(value, BaseModel):
-            lines += ["", *_comment(field, ""), f"{name}:", *_lines(type(value), value, f"{name}.")]
+            lines += [*([] if prefix else [""]), *_comment(field, indent), f"{indent}{name}:"]
+            lines += _lines(type(value), value, f"{prefix}{name}.")
         else:
-            indent = "  " if prefix else ""
             lines += [*_comment(field, indent), f"{indent}{name}: {_yaml(_EXAMPLE.get(prefix + name, value))}"]
     return lines
 

@@ -89,6 +89,7 @@ class TrainingBatch:
     images_B3SS: Tensor
     """uint8."""
     targets: SparseTargets
+    ids_B16: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class ExampleSet:
     label_offsets: NDArray[np.int64]
     times_N: NDArray[np.int64] | None = None
     """How often an epoch shows each, before any repeats for rare tags; None for once."""
+    budget: int | None = None
+    """How many samples a training shows, whatever its epochs; None for as many as those have."""
 
     def __len__(self) -> int:
         return len(self.ids_N16)
@@ -159,7 +162,8 @@ class ExampleSet:
         """The examples at these positions, in this order, sharing the pixels."""
         indices, offsets = take_rows(self.label_indices_L, self.label_offsets, positions)
         times = None if self.times_N is None else self.times_N[positions]
-        return ExampleSet(self.ids_N16[positions], self.storage_M3SS, self.storage_rows_N[positions], indices, offsets, times)
+        rows = self.storage_rows_N[positions]
+        return ExampleSet(self.ids_N16[positions], self.storage_M3SS, rows, indices, offsets, times, self.budget)
 
     def labelled(self) -> "ExampleSet":
         """The examples with at least one label."""
@@ -183,12 +187,18 @@ class ExampleSet:
         if self.times_N is not None:
             times_N = self.times_N.astype(np.float64)
             factors_N = times_N if factors_N is None else times_N * factors_N
-        return Schedule(self.ids_N16, factors_N, batch_size, epochs, seed)
+        if self.budget is None or not len(self):
+            return Schedule(self.ids_N16, factors_N, batch_size, epochs, seed)
+        if factors_N is not None:
+            raise ValueError("a budget of samples is for examples of which an epoch shows each once")
+        epochs = max(1, -(-self.budget // len(self)))
+        return Schedule(self.ids_N16, None, batch_size, epochs, seed, self.budget - (epochs - 1) * len(self))
 
     def training_batches(self, schedule: Schedule, start_step: int = 0) -> Iterator[TrainingBatch]:
         """Batches of all epochs from a step on; the same step always gives the same batch."""
         for positions_B in schedule.batches(start_step):
-            yield TrainingBatch(torch.from_numpy(self.images_at(positions_B)), self.targets_at(positions_B))
+            images_B3SS = torch.from_numpy(self.images_at(positions_B))
+            yield TrainingBatch(images_B3SS, self.targets_at(positions_B), self.ids_N16[positions_B])
 
     def sequential_images(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
         """All images in order of their ids, uint8 [B, 3, S, S] at a time."""

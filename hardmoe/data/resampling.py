@@ -103,14 +103,20 @@ class Schedule:
     batch_size: int
     epochs: int
     seed: int
+    last_samples: int | None = None
+    """Samples of the last epoch, the first of its order; None for all."""
 
     @cached_property
     def samples_E(self) -> NDArray[np.int64]:
         """Samples of every epoch, int64 [E]: the examples with their repeats."""
         if self.factors_N is None:
-            return np.full(self.epochs, len(self.ids_N16), np.int64)
-        counts = [repeats_in_epoch(self.factors_N, self.ids_N16, self.seed, epoch).sum() for epoch in range(self.epochs)]
-        return np.array(counts, np.int64)
+            counts_E = np.full(self.epochs, len(self.ids_N16), np.int64)
+        else:
+            repeats = (repeats_in_epoch(self.factors_N, self.ids_N16, self.seed, epoch) for epoch in range(self.epochs))
+            counts_E = np.array([repeats_N.sum() for repeats_N in repeats], np.int64)
+        if self.last_samples is not None:
+            counts_E[-1] = min(counts_E[-1], self.last_samples)
+        return counts_E
 
     @property
     def total_steps(self) -> int:
@@ -140,7 +146,7 @@ class Schedule:
             return
         first_epoch, first_index = self.place(start_step)
         for epoch in range(first_epoch, self.epochs):
-            order_P = epoch_order(self.ids_N16, self.seed, epoch, self._repeats(epoch))
+            order_P = epoch_order(self.ids_N16, self.seed, epoch, self._repeats(epoch))[: self.samples_E[epoch]]
             for index in range(first_index if epoch == first_epoch else 0, num_batches(len(order_P), self.batch_size)):
                 yield order_P[batch_slice(len(order_P), self.batch_size, index)]
 

@@ -1,15 +1,15 @@
 """The `experts` section of the recipe."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from hardmoe.config import operational
+from hardmoe.config import added, operational
 from hardmoe.training.config import Gpus, TrainingConfig
 
 
 class ExpertsConfig(TrainingConfig):
-    """Every expert, and the dense baseline, is trained like this; each sees its own part `epochs` times."""
+    """Every expert, and the dense baseline, is trained like this; an expert sees its part `epochs` times, or as `budget` says."""
 
     backbone: str | None = None
     """As `trunk.backbone`; null for the trunk's own."""
@@ -19,5 +19,18 @@ class ExpertsConfig(TrainingConfig):
     """Where an expert starts: from the trunk's weights, or from fresh ones."""
     learning_rate: float = Field(0.05, gt=0)
     """Peak learning rate for a batch of 256; half the trunk's default, since the experts start from a trained network."""
+    budget: Literal["epochs", "examples"] = added("epochs")
+    """What experts of unequal parts have alike: `epochs`, so that one with a larger part trains longer; or `examples`, so that
+    each is shown `epochs` times the mean part and one with a smaller part sees each image more often. All experts together, and
+    the dense baseline, are shown `epochs` times all images either way."""
     gpus: Gpus = operational("auto")
     """GPUs per expert; a fraction packs several onto one; `auto` takes one where there are any, else none."""
+
+    @model_validator(mode="after")
+    def _budget_counts_each_example_once(self) -> Self:
+        if self.budget == "examples" and self.repeat_threshold is not None:
+            raise ValueError(
+                "budget: examples gives every expert as many images, where repeat_threshold shows those of rare hashtags more "
+                "often; set repeat_threshold: null or budget: epochs"
+            )
+        return self

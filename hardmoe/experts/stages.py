@@ -35,6 +35,9 @@ def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None
 
 
 def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | None, examples: str) -> Stage:
+    if expert is None:
+        # The one network of all examples is shown as many either way, so it is the same artifact.
+        config = config.model_copy(update={"budget": "epochs"})
     return Stage(
         name=name,
         kind="expert",

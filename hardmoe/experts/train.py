@@ -21,7 +21,8 @@ class ExpertWork:
         told = context.input("examples").payload
         # Only a partition may have extra copies.
         counts = [told["sizes"]["train"], *told.get("extra", {}).values()]
-        cost = sum(count if expert is None else count[expert] for count in counts)
+        equal = context.stage.section(ExpertsConfig, "experts").budget == "examples"
+        cost = 1 if equal else sum(count if expert is None else count[expert] for count in counts)
         unit = Unit(context.stage.name.rpartition("/")[2], cost=cost)
         (done,) = yield Phase("train", [unit])
         return Finished(done.payload)
@@ -46,8 +47,22 @@ class ExpertWork:
             seed=derive_seed(context.stage.config["seed"], "expert", context.stage.config["expert"] or 0),
             start=load_weights(trunk) if config.init == "trunk" else None,
             as_often_as_in=context.input(EXTRA_COPIES) if EXTRA_COPIES in context.stage.inputs else None,
+            num_samples=_num_samples(context, config),
         )
         return train_network(context, job, "expert.json")
+
+
+def _num_samples(context: UnitContext, config: ExpertsConfig) -> int | None:
+    """How many samples an expert is shown where all are shown as many; None if its epochs decide.
+
+    Counted over the examples with a label, which are those that a network sees. The remainder goes to the first experts, so that
+    all of them together are shown exactly as many as the dense baseline.
+    """
+    if config.budget == "epochs":
+        return None
+    num_experts = len(context.input("examples").payload["sizes"]["train"])
+    total = config.epochs * context.input("vocabulary").payload["labelled"]["train"]
+    return int(total // num_experts + (context.stage.config["expert"] < total % num_experts))
 
 
 def _architecture(config: ExpertsConfig, trunk: Architecture, tags: int) -> Architecture:

@@ -69,7 +69,7 @@ class _Normaliser:
 
     def __call__(self, images_B3SS: Tensor) -> Tensor:
         if images_B3SS.device.type != "cpu":
-            return _normalised(images_B3SS)
+            return normalised(images_B3SS)
         if self._target_B3SS is None:
             self._target_B3SS = torch.empty(images_B3SS.shape, memory_format=torch.channels_last)
         source = images_B3SS.permute(0, 2, 3, 1).reshape(-1)
@@ -84,7 +84,7 @@ def _on_device(batches: Iterable[NDArray[np.uint8]], batch_size: int, device: to
         rows = len(images_B3SS)
         if rows < batch_size:
             images_B3SS = np.concatenate([images_B3SS, np.zeros((batch_size - rows, *images_B3SS.shape[1:]), np.uint8)])
-        yield DeviceBatch(_moved(torch.from_numpy(images_B3SS), device), rows)
+        yield DeviceBatch(move_images(torch.from_numpy(images_B3SS), device), rows)
 
 
 @contextmanager
@@ -100,17 +100,19 @@ def _full_float32() -> Iterator[None]:
 
 def device_images(images_B3SS: Tensor, device: torch.device) -> Tensor:
     """Move uint8 images to the device and normalise them there, in the layout in which convolutions are fastest."""
-    return _normalised(_moved(images_B3SS, device))
+    return normalised(move_images(images_B3SS, device))
 
 
-def _moved(images_B3SS: Tensor, device: torch.device) -> Tensor:
+def move_images(images_B3SS: Tensor, device: torch.device) -> Tensor:
+    """Move images to the device, without waiting for it."""
     if device.type == "cuda":
         # From pageable memory the copy would wait for the work already queued, and the next batch for the copy.
         images_B3SS = images_B3SS.pin_memory()
     return images_B3SS.to(device, non_blocking=True)
 
 
-def _normalised(images_B3SS: Tensor) -> Tensor:
+def normalised(images_B3SS: Tensor) -> Tensor:
+    """Normalise uint8 images where they are, in the layout in which convolutions are fastest."""
     return normalise_images(images_B3SS.contiguous(memory_format=torch.channels_last))
 
 

@@ -1,9 +1,9 @@
 """The training loop that the trunk, every expert and the dense baseline share.
 
-Everything that happens at a step is a function of (seed, step): the batch, the learning rate, the randomness of dropout.
-So a checkpoint holds the weights, the momentum and a handful of numbers, and a training killed anywhere and resumed ends
-with the bits of one that was not (on a CPU; see `determinism`), wherever its checkpoints fell. Rejected: an epoch-based loop
-with saved generator and sampler states, which is where other loops lose exactness.
+Everything that happens at a step (see `step`) is a function of (seed, step): the batch, the learning rate, the randomness of
+augmentation and dropout. So a checkpoint holds the weights, their average, the optimiser's state and a handful of numbers, and
+a training killed anywhere and resumed ends with the bits of one that was not (on a CPU; see `determinism`), wherever its
+checkpoints fell. Rejected: an epoch-based loop with saved generator and sampler states, where other loops lose exactness.
 
 Shape letters: B batch, S side in pixels, D feature dim, V tags.
 """
@@ -11,28 +11,27 @@ Shape letters: B batch, S side in pixels, D feature dim, V tags.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from hardmoe.data.loader import ExampleSet, TrainingBatch
+from hardmoe.data.loader import ExampleSet
 from hardmoe.errors import HardmoeError, PreemptedError
-from hardmoe.hashing import derive_seed
 from hardmoe.models.backbones import TagClassifier
+from hardmoe.training.average import WeightAverage
 from hardmoe.training.background import BackgroundWriter
 from hardmoe.training.checkpoint import Checkpoint, Checkpoints
 from hardmoe.training.config import TrainingConfig
-from hardmoe.training.determinism import deterministic, seeded_step
+from hardmoe.training.determinism import deterministic
 from hardmoe.training.divergence import LEARNING_RATE_FACTOR, Divergence, LossLostError, anchor_before, anchors_needed, is_anchor
-from hardmoe.training.inference import device_images
-from hardmoe.training.losses import softmax_cross_entropy_multi
+from hardmoe.training.losses import build_loss
 from hardmoe.training.metrics_log import MetricsLog
-from hardmoe.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from hardmoe.training.optim import build_optimizer, learning_rate_at
 from hardmoe.training.snapshot import restore_snapshot, take_snapshot, training_digest
+from hardmoe.training.step import Stepper
 from hardmoe.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -179,12 +178,15 @@ class _Training:
     def run(self) -> None:
         """Do the steps that the latest checkpoint has not done."""
         checkpoints = self.sinks.checkpoints
-        facts = [self.config.identity(), self.seed, self.total_steps]
+        facts = [self.config.identity(), self.seed, self.total_steps, self.examples.budget]
         self.digest = training_digest(self.model, self.examples, facts) if checkpoints else ""
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = build_optimizer(self.model, self.config)
-        self.start = take_snapshot(self.model, self.optimizer)
+        self.average = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay is not None else None
+        loss = build_loss(self.config, self.examples, self.model.decoder.out_features, self.seed, self.device)
+        self.stepper = Stepper(self.model, self.optimizer, self.average, loss, self.config, self.seed, self.device)
+        self.start = take_snapshot(self.model, self.optimizer, self.average)
         with ExitStack() as stack:
             self.writer = stack.enter_context(BackgroundWriter(checkpoints)) if checkpoints else None
             self._resume()
@@ -193,13 +195,16 @@ class _Training:
                     self._go_on()
                 except LossLostError as lost:
                     self._go_back(lost)
+        if self.average is not None:
+            self.average.replace()
 
     def _go_on(self) -> None:
         """The steps up to the end, or until the loss is lost."""
         first_step, began = self.state.step, time.monotonic()
         self.saved_at = began
         for batch in self.examples.training_batches(self.schedule, first_step):
-            self._step(batch)
+            self.unfetched.append(self.stepper.take(batch, self.state.step, self._learning_rate(self.state.step)))
+            self.state.step += 1
             self._report()
             self._note_going_back()
             reason = self.sinks.asked_to_stop() if self.writer and self.state.step < self.total_steps else None
@@ -214,23 +219,6 @@ class _Training:
                 self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate, newest))
             if reason:
                 raise PreemptedError(f"{reason} at step {self.state.step} of {self.total_steps}, where a checkpoint was made")
-
-    def _step(self, batch: TrainingBatch) -> None:
-        set_learning_rate(self.optimizer, self._learning_rate(self.state.step))
-        targets_BV = batch.targets.dense(self.model.decoder.out_features, self.device)
-        alone = len(batch.images_B3SS) == 1
-        with (
-            seeded_step(derive_seed(self.seed, "step", self.state.step), self.device),
-            running_statistics_for_single_values(self.model) if alone else nullcontext(),
-        ):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                _, logits_BV = self.model(device_images(batch.images_B3SS, self.device))
-            loss = softmax_cross_entropy_multi(logits_BV, targets_BV)
-            self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.unfetched.append(loss.detach())
-        self.state.step += 1
 
     def _learning_rate(self, step: int) -> float:
         went_back = self.divergence is not None and step >= self.divergence.back_to
@@ -263,11 +251,13 @@ class _Training:
             self._log({"step": state.step, "epoch": epoch, "examples": seen, "loss": state.final_loss, "learning_rate": rate})
         if not self.schedule.ends_epoch(state.step):
             return
-        if self.config.repeat_threshold is not None or self.examples.times_N is not None:
+        asked_for = (self.config.repeat_threshold, self.examples.times_N, self.examples.budget)
+        if any(asked is not None for asked in asked_for):
             samples = int(self.schedule.samples_E[epoch - 1])
             self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
         if self.validation:
-            scores = validate(self.model, self.validation, self.config.batch_size, self.device)
+            with self.average.in_use() if self.average is not None else nullcontext():
+                scores = validate(self.model, self.validation, self.config.batch_size, self.device, self.config.loss)
             if not math.isfinite(scores.loss):
                 where = f"after step {state.step} of {self.total_steps}, the end of epoch {epoch}"
                 raise LossLostError(state.step, f"the validation loss became {scores.loss} {where}")
@@ -297,7 +287,7 @@ class _Training:
         state = self.state
         rows = list(self.sinks.log.rows) if self.sinks.log else []
         keep = anchors_needed(state.step) | ({state.best_step} if state.best_step is not None else set())
-        tensors = take_snapshot(self.model, self.optimizer)
+        tensors = take_snapshot(self.model, self.optimizer, self.average)
         self.writer.submit(state.step, tensors, {"training": self.digest, "rows": rows, **asdict(state)}, keep)
         self.saved_at = time.monotonic()
 
@@ -350,28 +340,7 @@ class _Training:
             self.sinks.log.restore(checkpoint.state["rows"] if checkpoint else ())
         if checkpoint is None:
             self.state = _State()
-            restore_snapshot(self.model, self.optimizer, self.start)
+            restore_snapshot(self.model, self.optimizer, self.average, self.start)
         else:
             self.state = _State(**{field.name: checkpoint.state[field.name] for field in fields(_State)})
-            restore_snapshot(self.model, self.optimizer, checkpoint.tensors)
-
-
-@contextmanager
-def running_statistics_for_single_values(model: nn.Module) -> Iterator[None]:
-    """Let batch normalisation use its running statistics wherever a channel has one value only.
-
-    A batch of one image has no variance once its maps are 1x1; torch refuses it. Layers with larger maps are not affected.
-    """
-
-    def choose(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values_per_channel = inputs[0].numel() // inputs[0].shape[1]
-        module.train(values_per_channel > 1)
-
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    handles = [layer.register_forward_pre_hook(choose) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle, layer in zip(handles, layers, strict=True):
-            handle.remove()
-            layer.train()
+            restore_snapshot(self.model, self.optimizer, self.average, checkpoint.tensors)

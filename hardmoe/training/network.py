@@ -8,7 +8,7 @@ read and where they start, which are arguments.
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from hardmoe.tables import ids_to_array
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.loop import TrainingProgress, TrainingSinks, train
+from hardmoe.training.losses import start_from_shares
 from hardmoe.training.metrics_log import MetricsLog
 
 MODEL_FILE = "model.safetensors"
@@ -66,6 +67,8 @@ class NetworkJob:
     """Weights to start from; None for fresh ones."""
     as_often_as_in: InputArtifact | None = None
     """A partition: show every example as often as all its experts together do; None to show each once."""
+    num_samples: int | None = None
+    """How many samples to show; None for `config.epochs` times all."""
 
 
 def unit_device(context: UnitContext) -> torch.device:
@@ -110,10 +113,13 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     examples = load_examples(job, "train").labelled()
     if job.as_often_as_in is not None:
         examples = examples.shown(num_trained_on(job.as_often_as_in, examples.ids_N16))
+    examples = replace(examples, budget=job.num_samples)
     validation = load_examples(job, "validation").labelled()
     model = build_network(job.architecture, job.seed)
     if job.start is not None:
         model.load_state_dict(job.start)
+    elif job.config.loss == "sigmoid" and len(examples):
+        start_from_shares(model.decoder, examples)
     log = MetricsLog()
     checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
     sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: a model and its optimiser as named tensors in host memory, and whose training they belong to."""
+"""What a checkpoint holds: model, optimiser and average as named tensors in host memory, and whose training they belong to."""
 
 import hashlib
 import json
@@ -9,36 +9,37 @@ from torch import Tensor, nn, optim
 
 from hardmoe.config import Json
 from hardmoe.data.loader import ExampleSet
+from hardmoe.training.average import WeightAverage
 from hardmoe.training.checkpoint import host_copy
+from hardmoe.training.optim import optimizer_state, restore_optimizer_state
 
 _FORMAT = 2
 """Raised when a checkpoint holds something else than before: those of an earlier format are not resumed."""
 _BATCH = 256
 
 
-def take_snapshot(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of `model.<name>` and of whatever the optimiser keeps of a parameter, `optimizer.<key>.<name>`."""
-    tensors = {f"model.{name}": host_copy(tensor) for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}.{name}"] = host_copy(value)
-    return tensors
+def take_snapshot(model: nn.Module, optimizer: optim.Optimizer, average: WeightAverage | None) -> dict[str, Tensor]:
+    """Copies of `model.<name>`, of what the optimiser keeps of each, `optimizer.<what>.<name>`, and of `average.<name>`."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state(model, optimizer).items()}
+    if average is not None:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
+    return {name: host_copy(tensor) for name, tensor in tensors.items()}
 
 
-def restore_snapshot(model: nn.Module, optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_snapshot(
+    model: nn.Module, optimizer: optim.Optimizer, average: WeightAverage | None, tensors: Mapping[str, Tensor]
+) -> None:
     """Put a snapshot back; an optimiser of which it holds nothing begins anew."""
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    model.load_state_dict(_below("model.", tensors))
     optimizer.state.clear()
-    parameters = dict(model.named_parameters())
-    for path, tensor in tensors.items():
-        kind, _, rest = path.partition(".")
-        if kind == "optimizer":
-            key, _, name = rest.partition(".")
-            parameter = parameters[name]
-            # Moments lie where and as their parameter does, counts of steps where the optimiser put them: on the host.
-            like = parameter if tensor.shape == parameter.shape else tensor
-            optimizer.state[parameter][key] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    restore_optimizer_state(model, optimizer, _below("optimizer.", tensors))
+    if average is not None:
+        average.restore(_below("average.", tensors))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def training_digest(model: nn.Module, examples: ExampleSet, facts: Sequence[Json]) -> str:

@@ -26,6 +26,10 @@ IDENTITY = """
     trunk.backbone trunk.stem trunk.image_size trunk.decode trunk.epochs trunk.batch_size trunk.repeat_threshold
     trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
+    trunk.accumulate trunk.optimizer trunk.schedule trunk.beta2 trunk.max_grad_norm trunk.ema_decay
+    trunk.loss trunk.class_weights trunk.label_smoothing
+    trunk.augment.crop trunk.augment.crop_ratio trunk.augment.flip trunk.augment.jitter trunk.augment.randaugment
+    trunk.augment.magnitude trunk.augment.mixup trunk.augment.cutmix
     partition.experts partition.method partition.fine_clusters partition.slack partition.overlap
     partition.out_of_part_fraction
     partition.transform partition.components partition.spherical
@@ -33,6 +37,10 @@ IDENTITY = """
     experts.backbone experts.stem experts.init experts.epochs experts.batch_size experts.repeat_threshold
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction
+    experts.accumulate experts.optimizer experts.schedule experts.beta2 experts.max_grad_norm experts.ema_decay
+    experts.budget experts.loss experts.class_weights experts.label_smoothing
+    experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
+    experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
     decoder.epochs decoder.align decoder.dim decoder.batch_size decoder.learning_rate decoder.weight_decay
     evaluation.dense_baseline evaluation.random_partition evaluation.bootstrap_replicates evaluation.map_replicates
     seed
@@ -47,6 +55,30 @@ ADDED = {
     "partition.out_of_part_fraction": 0.0,
     "partition.components": None,
     "partition.spherical": False,
+    "experts.budget": "epochs",
+    **{
+        f"{section}.{key}": default
+        for section in ("trunk", "experts")
+        for key, default in {
+            "accumulate": 1,
+            "optimizer": "sgd",
+            "schedule": "cosine",
+            "beta2": 0.999,
+            "max_grad_norm": None,
+            "ema_decay": None,
+            "loss": "softmax",
+            "class_weights": "none",
+            "label_smoothing": 0.0,
+            "augment.crop": None,
+            "augment.crop_ratio": 1.3333,
+            "augment.flip": False,
+            "augment.jitter": 0.0,
+            "augment.randaugment": 0,
+            "augment.magnitude": 9,
+            "augment.mixup": 0.0,
+            "augment.cutmix": 0.0,
+        }.items()
+    },
 }
 """Of these, the keys that came after the first runs: they bear identity unless they have this default. Another default would make
 finished runs of two different things look the same, so it never changes."""
@@ -65,17 +97,24 @@ OPERATIONAL = """
 
 
 def _sections() -> dict[str, type[Config]]:
-    """The recipe itself, by the empty prefix, and its sections by theirs."""
-    inner = {f"{name}.": field.annotation for name, field in Recipe.model_fields.items()}
-    return {"": Recipe} | {name: kind for name, kind in inner.items() if isinstance(kind, type) and issubclass(kind, Config)}
+    """The recipe itself, by the empty prefix, and its sections by theirs, at any depth."""
+    found: dict[str, type[Config]] = {}
+
+    def visit(section: type[Config], prefix: str) -> None:
+        found[prefix] = section
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+                visit(field.annotation, f"{prefix}{name}.")
+
+    visit(Recipe, "")
+    return found
 
 
 def _marks() -> dict[str, bool]:
     """Every key of the recipe, and whether it is operational; a section's own mark holds for all its keys."""
     sections = _sections()
-    keys = {(prefix, name) for prefix, section in sections.items() for name in section.model_fields} - {
-        ("", prefix.removesuffix(".")) for prefix in sections
-    }
+    keys = {(prefix, name) for prefix, section in sections.items() for name in section.model_fields}
+    keys = {(prefix, name) for prefix, name in keys if f"{prefix}{name}." not in sections}
     whole = {f"{name}." for name in Recipe.operational_fields()}
     return {prefix + name: prefix in whole or name in sections[prefix].operational_fields() for prefix, name in keys}
 
@@ -96,7 +135,18 @@ def test_identity_of_a_recipe_holds_exactly_the_identity_keys() -> None:
 def test_keys_that_came_later_have_their_frozen_defaults() -> None:
     sections = _sections()
     found = {prefix + name: section.model_fields[name] for prefix, section in sections.items() for name in section.added_fields()}
-    assert {key: field.default for key, field in found.items()} == ADDED
+    assert {key: field.default for key, field in found.items() if f"{key}." not in sections} == ADDED
+
+
+def test_sections_that_came_later_are_off_until_something_in_them_is_set() -> None:
+    sections = _sections()
+    later = [(section, name) for section in sections.values() for name in section.added_fields()]
+    nested = [section.model_fields[name] for section, name in later if isinstance(section.model_fields[name].default, Config)]
+    assert len(nested) == 2
+    for field in nested:
+        assert field.default == field.annotation()
+        assert field.default.identity() == {}
+        assert field.annotation.added_fields() == set(field.annotation.model_fields)
 
 
 def test_every_key_is_explained_in_a_sentence() -> None:

@@ -51,6 +51,21 @@ def test_a_field_that_came_later_bears_identity_only_where_it_was_set() -> None:
     assert "ratio" not in Later(ratio=1.5).operational_values()
 
 
+def test_a_section_within_a_section_bears_its_own_identity() -> None:
+    """A key added to the inner section later must not change the outer one's fingerprints."""
+
+    class Inner(Config):
+        first: int = added(0)
+        second: float = added(0.5)
+        place: str | None = operational(None)
+
+    class Outer(Section):
+        inner: Inner = added(Inner())
+
+    assert Outer().identity() == Section().identity()
+    assert Outer(inner=Inner(first=1, place="/data")).identity() == {**Section().identity(), "inner": {"first": 1}}
+
+
 @pytest.mark.parametrize(
     "values",
     [

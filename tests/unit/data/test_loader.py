@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -224,6 +225,28 @@ def test_examples_shown_once_each_are_the_ones_that_nothing_was_said_of() -> Non
     again = examples.shown(np.ones(23, np.int64))
     assert again.times_N is None
     assert again.schedule(5, 2, seed=1).factors_N is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs"), [(0, [0]), (3, [3]), (23, [23]), (24, [23, 1]), (46, [23, 23]), (60, [23, 23, 14])]
+)
+def test_budget_of_samples_is_met_exactly_by_whole_epochs_and_the_beginning_of_another(budget: int, epochs: list[int]) -> None:
+    images = Collection(23).build(list(range(23)))
+    limited = replace(images, budget=budget)
+    schedule = limited.schedule(5, 2, 0)
+    assert schedule.samples_E.tolist() == epochs
+    assert schedule.samples_before(schedule.total_steps) == budget
+    shown = list(schedule.batches(0))
+    assert sum(map(len, shown)) == budget
+    order = [position for positions in images.schedule(5, 3, 0).batches(0) for position in positions]
+    assert [position for positions in shown for position in positions] == order[:budget]
+    assert schedule.ends_epoch(schedule.total_steps) == (budget > 0)
+    assert limited.labelled().budget == budget
+
+
+def test_budget_of_samples_is_refused_where_an_epoch_repeats_examples() -> None:
+    with pytest.raises(ValueError, match="each once"):
+        replace(Collection(5).build(list(range(5))).shown(np.full(5, 2)), budget=7).schedule(2, 1, 0)
 
 
 def test_reduced_decoding_is_asked_of_the_decoder() -> None:

@@ -20,10 +20,12 @@ from hardmoe.models.backbones import TagClassifier, build_backbone, normalise_im
 from hardmoe.storage import LocalStorage
 from hardmoe.training import loop
 from hardmoe.training.checkpoint import Checkpoints
-from hardmoe.training.config import TrainingConfig
-from hardmoe.training.loop import TrainingProgress, TrainingResult, TrainingSinks, running_statistics_for_single_values, train
+from hardmoe.training.config import AugmentConfig, TrainingConfig
+from hardmoe.training.loop import TrainingProgress, TrainingResult, TrainingSinks, train
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.optim import learning_rate_at
+from hardmoe.training.single_values import running_statistics_for_single_values
+from hardmoe.training.validation import validate
 
 CPU = torch.device("cpu")
 NUM_TAGS = 6
@@ -238,6 +240,71 @@ def test_checkpoint_that_cannot_be_written_fails_the_training_with_its_own_sente
         attempt.run()
 
 
+EVERYTHING = {
+    "ema_decay": 0.9,
+    "accumulate": 2,
+    "max_grad_norm": 1.0,
+    "schedule": "linear",
+    "label_smoothing": 0.1,
+    "class_weights": "inverse_sqrt",
+    "augment": AugmentConfig(crop=0.4, flip=True, jitter=0.3, randaugment=1, mixup=0.3, cutmix=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {**EVERYTHING, "optimizer": "sgd"},
+        {**EVERYTHING, "optimizer": "adamw", "learning_rate": 0.01, "loss": "sigmoid"},
+        {**EVERYTHING, "optimizer": "lamb", "learning_rate": 0.02},
+        {"ema_decay": 0.9, "loss": "one_tag", "augment": AugmentConfig(randaugment=2)},
+    ],
+    ids=["sgd", "adamw", "lamb", "one_tag"],
+)
+def test_training_with_every_option_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    config = TrainingConfig.model_validate(CONFIG.model_copy(update=change).model_dump())
+    result, weights, metrics = Attempt(tmp_path / "whole", config).run()
+    attempt = Attempt(tmp_path / "killed", config)
+    for kill_at in (1, 9, 16, 22):
+        with pytest.raises(Killed):
+            attempt.run(kill_at)
+        torch.rand(3)
+    attempt.progress.clear()
+    resumed = attempt.run()
+    assert attempt.progress[0].step == 22
+    assert (resumed[0], resumed[2]) == (result, metrics)
+    assert_same_bits(resumed[1], weights)
+    assert attempt.run()[0] == result, "a finished training that is run again goes on from its last checkpoint"
+
+
+def test_training_with_an_average_validates_and_ends_with_it(tmp_path: Path) -> None:
+    """The descent itself must be that of a training without one; the average is a loop over its weights after each step."""
+    config = CONFIG.model_copy(update={"ema_decay": 0.8, "checkpoint_every_steps": 1})
+    plain = Attempt(tmp_path / "plain", CONFIG.model_copy(update={"checkpoint_every_steps": 1}))
+    expected = {name: tensor.double() for name, tensor in make_model().state_dict().items()}
+    for step in range(24):
+        with pytest.raises(Killed):
+            plain.run(step + 1)
+        checkpoint = Checkpoints(plain.storage, "checkpoints").latest()
+        assert checkpoint is not None
+        decay = min(0.8, (1 + step) / (10 + step))
+        for name in expected:
+            expected[name] = decay * expected[name] + (1 - decay) * checkpoint.tensors[f"model.{name}"]
+    result, weights, _ = Attempt(tmp_path / "averaged", config).run()
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-5)
+    model = make_model()
+    model.load_state_dict(weights)
+    scores = validate(model, VALIDATION, 8, CPU)
+    assert result.validation_precision_at_1 == scores.precision_at_1
+    last = Checkpoints(LocalStorage(tmp_path / "averaged"), "checkpoints").latest()
+    assert last is not None
+    assert not torch.equal(last.tensors["model.decoder.weight"], weights["decoder.weight"])
+
+
 def test_training_with_repeats_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
     """Epochs then differ in length, so that the end of one is no longer a multiple of anything."""
     config = CONFIG.model_copy(update={"repeat_threshold": 0.5})
@@ -433,6 +500,19 @@ def test_validation_scores_equal_a_count_by_hand() -> None:
         losses.append(-log_probabilities[row, tags].mean())
     assert log.rows[-1]["validation_precision@1"] == np.mean(hits)
     assert log.rows[-1]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_validation_loss_of_sigmoid_is_the_binary_cross_entropy() -> None:
+    model, log = make_model(), MetricsLog()
+    config = CONFIG.model_copy(update={"loss": "sigmoid", "learning_rate": 0.1, "label_smoothing": 0.1})
+    train(model, EXAMPLES, config, seed=0, device=CPU, validation=VALIDATION, sinks=TrainingSinks(log=log))
+    with torch.inference_mode():
+        logits = model(normalise_images(torch.from_numpy(VALIDATION.storage_M3SS)))[1].double().numpy()
+    present = np.zeros((21, NUM_TAGS), bool)
+    for row in range(21):
+        present[row, VALIDATION.label_indices_L[VALIDATION.label_offsets[row] : VALIDATION.label_offsets[row + 1]]] = True
+    expected = np.log1p(np.exp(np.where(present, -logits, logits))).sum(axis=1).mean()
+    assert log.rows[-1]["validation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_examples_without_labels_are_left_out(tmp_path: Path) -> None:

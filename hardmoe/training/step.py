@@ -1,0 +1,75 @@
+"""One step of a training: a batch in, a moved network out; a function of the batch, the step's number and the state.
+
+A batch is augmented and mixed whole and goes through the network in `accumulate` pieces, whose losses count by their rows: so the
+pieces change nothing but what batch normalisation and dropout see. Rejected: augmenting each piece, whose mixing partners
+would then depend on the number of pieces.
+
+Shape letters: B batch, S side in pixels, V tags.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn, optim
+
+from hardmoe.data.loader import TrainingBatch
+from hardmoe.hashing import derive_seed
+from hardmoe.models.backbones import TagClassifier
+from hardmoe.training.augment import augment_images, draw_mix
+from hardmoe.training.average import WeightAverage
+from hardmoe.training.config import TrainingConfig
+from hardmoe.training.determinism import seeded_step
+from hardmoe.training.inference import move_images, normalised
+from hardmoe.training.losses import TagLoss
+from hardmoe.training.optim import set_learning_rate
+from hardmoe.training.single_values import running_statistics_for_single_values
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What the steps of one training have in common."""
+
+    model: TagClassifier
+    """On the device, in training mode."""
+    optimizer: optim.Optimizer
+    average: WeightAverage | None
+    loss: TagLoss
+    config: TrainingConfig
+    seed: int
+    device: torch.device
+
+    def take(self, batch: TrainingBatch, step: int, learning_rate: float) -> Tensor:
+        """Move the network; returns the loss, float32 on the device, which nothing has waited for."""
+        set_learning_rate(self.optimizer, learning_rate)
+        images_B3SS, targets_BV = self._inputs(batch, step)
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        with seeded_step(derive_seed(self.seed, "step", step), self.device):
+            num_pieces = min(self.config.accumulate, len(images_B3SS))
+            for images, targets in zip(images_B3SS.tensor_split(num_pieces), targets_BV.tensor_split(num_pieces), strict=True):
+                total += self._backward(images, targets, len(images) / len(images_B3SS))
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
+        return total
+
+    def _inputs(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
+        """The images, normalised and channels last, and their targets, augmented and mixed."""
+        targets_BV = self.loss.targets(batch, step, self.model.decoder.out_features, self.device)
+        images_B3SS = augment_images(move_images(batch.images_B3SS, self.device), self.config.augment, self.seed, step)
+        normalised_B3SS = normalised(images_B3SS)
+        mix = draw_mix(self.config.augment, images_B3SS.shape[-1], self.seed, step)
+        return (normalised_B3SS, targets_BV) if mix is None else (mix.images(normalised_B3SS), mix.targets(targets_BV))
+
+    def _backward(self, images_B3SS: Tensor, targets_BV: Tensor, share: float) -> Tensor:
+        """Add a piece's gradient; returns its share of the loss."""
+        alone = len(images_B3SS) == 1
+        with running_statistics_for_single_values(self.model) if alone else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                _, logits_BV = self.model(images_B3SS)
+            loss = self.loss(logits_BV, targets_BV) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
