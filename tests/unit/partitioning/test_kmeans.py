@@ -330,7 +330,7 @@ def test_spherical_fit_never_puts_a_centroid_where_a_row_is_zero():
     updated = update(found, start, spherical=True)
     assert (updated.empty, updated.reseeded) == ([1], [])
     assert update(found, start).reseeded == [1]
-    with pytest.raises(DataError, match="2 experts need as many distinct features"):
+    with pytest.raises(DataError, match="2 clusters need as many distinct features"):
         fit(features[60:], ids[60:], 2, 0, FitOptions(spherical=True))
 
 
