@@ -65,11 +65,12 @@ def test_moments_of_float16_features_are_exact(features):
     np.testing.assert_array_equal(moments.mean_squares(), squares)
 
 
-@pytest.mark.parametrize("rows", [2**11, 2**11 + 1, 5000])
+@pytest.mark.parametrize("rows", [2**11, 2**11 + 1, 2**13 - 1])
 def test_blocks_full_of_the_largest_and_most_awkward_values_are_exact(rows):
-    """Every product of a block at its limit, with low parts that a sum past 2^53 would lose."""
-    largest_halves = 2.0**16 - 2.0**-5  # high and low part both as large as they get; no float16, but on the grid
-    values = np.array([LARGEST, -LARGEST, largest_halves, SMALLEST, 2.0**-5 - SMALLEST, 3.0000610351562500], np.float64)
+    """Products at their limit: in blocks of four times as many rows they would pass 2^54 and be no multiples of 4 there."""
+    # High and low parts, and so their sums, as large as they get; no float16, but on the grid of 2^-24.
+    odd, even = ((2.0**40 - step + 2.0**19 - 2.0**16) * 2.0**-24 for step in (2.0**20, 2.0**21))
+    values = np.array([LARGEST, -LARGEST, odd, even, SMALLEST, 2.0**-5 - SMALLEST, 3.0000610351562500], np.float64)
     features = np.tile(values.astype(np.float32), (rows, 1))
     expected = [[rows * Fraction(float(a)) * Fraction(float(b)) for b in [*features[0], 1.0]] for a in [*features[0], 1.0]]
     assert found_products(Moments.from_batch(features)) == expected
