@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import tempfile
 import time
@@ -138,6 +139,7 @@ def main() -> None:
             spent = float(told(folder, name, "provenance.json")["seconds"])
             print(f"{name:<12} {spent:>8.1f} s {options.rows / spent:>12,.0f} rows/s {spent / seconds:>8.1f} reads")
         print(f"passes over all rows: {passes}, and one that draws the sample")
+        watch.peaks["driver"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for kind, peak in sorted(watch.peaks.items()):
             print(f"peak memory of {kind:<20} {peak / 2**20:>8,.0f} MiB   {peak / 2**31:.2f} of 2 GiB")
     finally:
