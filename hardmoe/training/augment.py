@@ -6,7 +6,8 @@ image, so that a GPU gets the same.
 
 Crop and flip are one call of torch's bilinear `grid_sample`, with a grid for every image that stays inside its crop: the result
 of torchvision's `resized_crop` for each. torchvision's own transforms draw one set of parameters for a batch, from the global
-generator; its kernels are used wherever images can share a call (see `randaugment`). Rejected: a loop over images, and two
+generator; its kernels are used wherever images can share a call (see `randaugment`), and imported where jitter or RandAugment is
+on, since features of a network of one's own need none of it. Rejected: a loop over images, and two
 interpolation matrices for each image, which are exact too.
 
 Milliseconds of one CPU core for 256 images of 32 / 64 pixels: crop and flip 4.5 / 16 (torchvision, image by image, 43 / 49),
@@ -22,11 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
-from torchvision.transforms.v2 import functional as kernels
 
 from hardmoe.hashing import derive_seed
 from hardmoe.training.config import AugmentConfig
-from hardmoe.training.randaugment import randaugment
 
 _PIECE = 1 << 18
 """Values that a CPU changes at a time, so that what lies between two operations stays in its cache: half the time at 64 px."""
@@ -49,6 +48,8 @@ def augment_images(images_B3SS: Tensor, config: AugmentConfig, seed: int, step: 
     if config.crop is not None or config.flip or config.jitter:
         images_B3SS = _drawn(len(images_B3SS), images_B3SS.shape[-1], config, seed, step).applied_to(images_B3SS)
     if config.randaugment:
+        from hardmoe.training.randaugment import randaugment
+
         images_B3SS = randaugment(images_B3SS, config.randaugment, config.magnitude, _generator(seed, "randaugment", step))
     return images_B3SS
 
@@ -142,11 +143,13 @@ def _places(starts_B: Tensor, lengths_B: Tensor, flips_B: Tensor, side: int) -> 
 
 def jittered(pixels_B3SS: Tensor, factors_B3: Tensor) -> Tensor:
     """Brightness, contrast, saturation by each image's own factors, clamped to [0, 255] after each; float32, in place."""
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
+
     brightness_B111, contrast_B111, saturation_B111 = factors_B3[:, :, None, None, None].unbind(dim=1)
     pixels_B3SS.mul_(brightness_B111).clamp_(0, 255)
-    means_B111 = kernels.rgb_to_grayscale(pixels_B3SS).mean(dim=(1, 2, 3), keepdim=True)
+    means_B111 = rgb_to_grayscale(pixels_B3SS).mean(dim=(1, 2, 3), keepdim=True)
     pixels_B3SS.mul_(contrast_B111).add_(means_B111 * (1 - contrast_B111)).clamp_(0, 255)
-    grey_B1SS = kernels.rgb_to_grayscale(pixels_B3SS)
+    grey_B1SS = rgb_to_grayscale(pixels_B3SS)
     return pixels_B3SS.mul_(saturation_B111).add_(grey_B1SS * (1 - saturation_B111)).clamp_(0, 255)
 
 

@@ -66,6 +66,7 @@ def test_network_of_ones_own_does_without_torchvision(tmp_path: Path) -> None:
     )
     probe = (
         "import sys; from hardmoe.models.backbones import build_backbone\n"
+        "import hardmoe.training.extract, hardmoe.training.network\n"
         "print(build_backbone('own:network', image_size=8, seed=0).num_features, 'torchvision' in sys.modules)"
     )
     search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
