@@ -1,7 +1,7 @@
 """The command that ends a run from another shell: it leaves a request in the root and watches the leases go."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -35,12 +35,14 @@ def stop_run(options: Mapping[str, Any], seconds: float) -> None:
     click.echo("asked to stop: " + _told(held), err=True)
     seen, give_up, quiet_since = dict(held), time.monotonic() + seconds, time.monotonic()
     while time.monotonic() - quiet_since < _QUIET_SECONDS:
-        if held := _held(storage):
+        # All of a large root is only listed once none is left of the leases that are known.
+        if held := _held_of(storage, held) or _held(storage):
             seen |= held
             quiet_since = time.monotonic()
             if quiet_since >= give_up:
+                at_work = _told(held | _held(storage))
                 raise LeaseError(
-                    f"after {seconds:g} seconds still at work: {_told(held)}; the request stands, ask again to wait on, or end "
+                    f"after {seconds:g} seconds still at work: {at_work}; the request stands, ask again to wait on, or end "
                     "the process itself (a lease of a machine that is gone is taken over by the next run)"
                 )
         time.sleep(_LOOK_SECONDS)
@@ -50,7 +52,11 @@ def stop_run(options: Mapping[str, Any], seconds: float) -> None:
 def _held(storage: Storage) -> dict[str, Holder]:
     """Artifacts of this root that somebody is building, and who. One listing: a sweep's are in no recipe."""
     suffix = f"/{LEASE_NAME}"
-    names = sorted(path.removesuffix(suffix) for path in storage.list("") if path.endswith(suffix))
+    return _held_of(storage, sorted(path.removesuffix(suffix) for path in storage.list("") if path.endswith(suffix)))
+
+
+def _held_of(storage: Storage, names: Iterable[str]) -> dict[str, Holder]:
+    """Those of these artifacts that somebody is building, and who."""
     found = {name: lease_holder(storage, name) for name in names}
     return {name: holder for name, holder in found.items() if holder is not None}
 

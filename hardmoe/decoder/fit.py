@@ -29,7 +29,7 @@ from hardmoe.data.loader import SparseTargets
 from hardmoe.data.ragged import take_rows
 from hardmoe.data.resampling import batch_slice, epoch_order, num_batches
 from hardmoe.decoder.config import DecoderConfig
-from hardmoe.errors import DataError, HardmoeError, PreemptedError
+from hardmoe.errors import DataError, HardmoeError
 from hardmoe.hashing import derive_seed
 from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.training.determinism import deterministic
@@ -221,15 +221,15 @@ class _Fit:
                 self._advance(self.training.take(order_N[rows]))
                 if index == self.steps_per_epoch - 1:
                     self._end_epoch(epoch)
-                reason = self.sinks.asked_to_stop() if self.sinks.checkpoints and self.step < self.total_steps else None
-                self._save_if_due(at_once=reason is not None)
+                ending = self.sinks.ending(self.step, self.total_steps)
+                self._save_if_due(at_once=ending is not None)
                 if self.sinks.progress:
                     seen = self._examples_seen()
                     rate = (seen - first_seen) / max(time.monotonic() - began, 1e-9)
                     at = TrainingProgress(self.step, self.total_steps, seen, self.final_loss, rate, self.newest_checkpoint)
                     self.sinks.progress(at)
-                if reason:
-                    raise PreemptedError(f"{reason} at step {self.step} of {self.total_steps}, where a checkpoint was made")
+                if ending:
+                    raise ending
 
     def resume(self) -> None:
         """Take up the newest checkpoint of this fit; those of another fit are deleted."""

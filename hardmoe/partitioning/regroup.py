@@ -201,13 +201,14 @@ def _route(context: UnitContext) -> _Routed:
         assignment = Assignment(primary_N, np.full(len(ids_N16), -1, np.int32), np.zeros(len(ids_N16)))
         return _Routed(ids_N16, np.zeros((len(ids_N16), 0), np.float32), None, assignment, np.full(len(ids_N16), np.nan))
     router = load_router(context.input("router"))
-    found = [router.route(features_ND) for _, features_ND in pieces]
+    transformed = [router.transformed(features) for _, features in pieces]
+    found = [router.assign(features) for features in transformed]
     assignment = Assignment(
         np.concatenate([a.primary_N for a in found]),
         np.concatenate([a.second_N for a in found]),
         np.concatenate([a.squared_distance_N for a in found]),
     )
-    features_ND = router.transform(np.concatenate([features for _, features in pieces]))
+    features_ND = np.concatenate(transformed)
     elsewhere, tally = 0, None
     if settings["method"] == "balanced" and context.unit.arguments["split"] == "train":
         assignment, tally = place_shard(context, router, (ids_N16, features_ND), assignment)

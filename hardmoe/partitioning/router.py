@@ -76,12 +76,28 @@ class Router:
         Raises:
             DataError: the features have another width than those it was fitted on, are not finite, or too large to be projected.
         """
+        return self.assign(self.transformed(features_NW), engine)
+
+    def transformed(self, features_NW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The trunk's features, float32 [N, W], in the space of the centroids, float32 [N, D].
+
+        Raises:
+            DataError: they have another width than those it was fitted on, or are too large to be projected.
+        """
         if features_NW.ndim == 2 and features_NW.shape[1] != self.dim:
             raise DataError(
                 f"features of width {features_NW.shape[1]} cannot be routed by a router that was fitted on width {self.dim}: "
                 "use the trunk that it was fitted with, or fit the router again"
             )
-        transformed_ND, engine = self.transform(features_NW), engine or choose_engine()
+        return self.transform(features_NW)
+
+    def assign(self, transformed_ND: NDArray[np.float32], engine: Engine | None = None) -> Assignment:
+        """As `route`, of rows that are already transformed, float32 [N, D].
+
+        Raises:
+            DataError: one is not finite.
+        """
+        engine = engine or choose_engine()
         if self.group_F is None:
             return assign(transformed_ND, self.centroids_KD, engine)
         return assign_groups(transformed_ND, self.centroids_KD, self.group_F, engine)

@@ -7,7 +7,7 @@ The eigenvectors are LAPACK's, whose last bits differ between machines, so they 
 in a file: a driver that replays the fit, or a second one, reads what the first one had. Within a machine they are the same for
 every sharding, as the covariance is exact and one thread decomposes it. Rounding them to multiples of 2^-24, and variances to
 float32, makes other machines agree nearly always. Rejected: the decomposition on the driver, and a unit of moments for every
-shard, which for 2,048 features and thousands of shards leaves files of terabytes.
+shard, which for 2,048 features leaves 67 MB for each.
 
 Shape letters: D feature dim, P principal directions.
 """
@@ -35,7 +35,9 @@ from hardmoe.storage import Storage
 MOMENTS, DIRECTIONS = TRANSFORM_PHASES = ("moments", "directions")
 
 _SCRATCH_BYTES = 2**33
+"""Of all files of moments together, at most."""
 _MOST_UNITS = 1024
+"""Units of moments, each with a file of its own, at most."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from hardmoe.config import Json
@@ -50,7 +51,7 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Json, keep: Collection[int] = ()) -> None:
         """Commit a checkpoint, then delete all earlier ones but one and those of the steps to `keep`."""
-        data = safetensors.torch.save({name: _plain(tensor) for name, tensor in tensors.items()})
+        data = safetensors.torch.save({name: host_copy(tensor) for name, tensor in tensors.items()})
         marker = {"step": step, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "state": state}
         directory = self._directory(step)
         try:
@@ -127,10 +128,5 @@ class Checkpoints:
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory that later steps do not change."""
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A dense copy on the CPU: safetensors refuses channels_last layouts and shared memory."""
-    return tensor.detach().cpu().contiguous().clone()
+    """A dense copy in host memory: later steps do not change it, and safetensors refuses other layouts and shared memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

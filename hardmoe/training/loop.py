@@ -65,6 +65,13 @@ class TrainingSinks:
     asked_to_stop: Callable[[], str | None] = lambda: None
     """Asked after every step: why to end here, with a checkpoint; None to go on."""
 
+    def ending(self, step: int, total_steps: int) -> PreemptedError | None:
+        """What to raise once a checkpoint of this step is made; None to go on, as after the last step and without checkpoints."""
+        reason = self.asked_to_stop() if self.checkpoints and step < total_steps else None
+        if reason is None:
+            return None
+        return PreemptedError(f"{reason} at step {step} of {total_steps}, where a checkpoint was made")
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -207,18 +214,18 @@ class _Training:
             self.state.step += 1
             self._report()
             self._note_going_back()
-            reason = self.sinks.asked_to_stop() if self.writer and self.state.step < self.total_steps else None
-            if reason or self._checkpoint_is_due():
+            ending = self.sinks.ending(self.state.step, self.total_steps)
+            if ending or self._checkpoint_is_due():
                 self._save()
-            if self.writer and reason:
+            if self.writer and ending:
                 self.writer.wait()
             if self.sinks.progress:
                 seen = self.schedule.samples_before(self.state.step)
                 rate = (seen - self.schedule.samples_before(first_step)) / max(time.monotonic() - began, 1e-9)
                 newest = self.writer.written if self.writer else None
                 self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate, newest))
-            if reason:
-                raise PreemptedError(f"{reason} at step {self.state.step} of {self.total_steps}, where a checkpoint was made")
+            if ending:
+                raise ending
 
     def _learning_rate(self, step: int) -> float:
         went_back = self.divergence is not None and step >= self.divergence.back_to
