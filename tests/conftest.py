@@ -38,6 +38,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     return directory
 
 
+@pytest.fixture
+def one_search_thread() -> Iterator[None]:
+    """Searches for neighbours by one thread: the same few rows a thousand times over are slower with two."""
+    import faiss
+
+    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    faiss.omp_set_num_threads(threads[1])
+
+
 @pytest.fixture(scope="session")
 def _running_store() -> Iterator[Store]:
     with running_store() as store:

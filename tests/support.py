@@ -128,6 +128,45 @@ def invoke(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
+_DYING = """
+import os, signal
+from hardmoe.partitioning import fit
+run = fit.RouterWork.run
+def dying(self, context):
+    if os.environ.get("DIE_AT") == f"{context.phase}/{context.unit.name}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(self, context)
+fit.RouterWork.run = dying
+os.cpu_count = lambda: 4
+"""
+
+
+def partition(directory: Path, backend: str = "inline", *, die_at: str = "", patch: str = "") -> subprocess.CompletedProcess[str]:
+    """`hardmoe partition` as a process that takes the machine for one of four cores.
+
+    Args:
+        directory: with the recipe.
+        backend: `inline` or `ray`.
+        die_at: a unit of the router, `phase/unit`, at which it is killed.
+        patch: statements that run before.
+    """
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{_DYING}\n{patch}\nfrom hardmoe.cli.main import main\nmain()",
+            "partition",
+            "--backend",
+            backend,
+        ],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "DIE_AT": die_at},
+    )
+
+
 def refusal(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
     """The one sentence with which a command ended; it must be one, for people, and the exit code must be this one."""
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
@@ -153,6 +192,11 @@ def copied_run(finished: Path, directory: Path, *, keep: Sequence[str] | None = 
 def records(root: Path) -> dict[str, bytes]:
     """Every `artifact.json` below a root, by its relative path: what two equal runs have in common."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("artifact.json"))}
+
+
+def payload(root: Path, artifact: str) -> Any:
+    """What an artifact's record says of itself."""
+    return json.loads((root / artifact / "artifact.json").read_text())["payload"]
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int]]:

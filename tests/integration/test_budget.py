@@ -5,16 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import real_images, run_here, write_photos, write_recipe
+from support import payload, real_images, run_here, write_photos, write_recipe
 
 from hardmoe.errors import RecipeError
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.experts.stages import dense_stage, expert_stage
 from hardmoe.recipe import parse_recipe
-
-
-def payload(root: Path, artifact: str) -> Any:
-    return json.loads((root / artifact / "artifact.json").read_text())["payload"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Experts that train on examples of other parts as well: which, how often, and that nothing else sees them twice."""
 
-import json
 import math
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support import invoke, records, refusal, run_here, write_recipe
+from support import invoke, payload, records, refusal, run_here, write_recipe
 
 from hardmoe.errors import StorageError
 from hardmoe.hashing import hash_fractions
@@ -26,10 +25,6 @@ _TWO_SLOTS = "import os; os.cpu_count = lambda: 2; from hardmoe.cli.main import 
 def rows(root: Path, pattern: str) -> list[dict[str, Any]]:
     """All rows of some Parquet files, read without hardmoe."""
     return [row for path in sorted(root.glob(pattern)) for row in pq.read_table(path, partitioning=None).to_pylist()]
-
-
-def payload(root: Path, name: str) -> Any:
-    return json.loads((root / name / "artifact.json").read_text())["payload"]
 
 
 def build(directory: Path, base: Path, photos: Path, command: str, **changes: Any) -> Path:

@@ -1,7 +1,6 @@
 """A partition that a column of the dataset gives: every example where the column says, and a router made of the parts' means."""
 
 import hashlib
-import json
 import subprocess
 import sys
 from fractions import Fraction
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
-from support import copied_run, invoke, real_images, records, refusal, run_here, write_recipe
+from support import copied_run, invoke, payload, real_images, records, refusal, run_here, write_recipe
 
 from hardmoe.data.schemas import SPLITS
 from hardmoe.data.sources.base import RawExample
@@ -48,10 +47,6 @@ def write_parts(directory: Path, parts: list[Any], images: list[RawExample] = IM
 def rows(root: Path, pattern: str) -> list[dict[str, Any]]:
     """All rows of some Parquet files, read without hardmoe."""
     return [row for path in sorted(root.glob(pattern)) for row in pq.read_table(path, partitioning=None).to_pylist()]
-
-
-def payload(root: Path, name: str) -> Any:
-    return json.loads((root / name / "artifact.json").read_text())["payload"]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,8 @@
 """Principal directions and spherical k-means through the command line: the same bytes whatever happens, and what is said."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
-from support import copied_run, invoke, records, refusal, write_recipe
+from support import copied_run, invoke, partition, records, refusal, write_recipe
 from test_theorems_partition import by_id, payload
 
 from hardmoe.arrays import load_arrays
@@ -26,32 +23,6 @@ from hardmoe.storage import open_storage
 KEPT = ("dataset", "vocabulary", "trunk", "features")
 PROJECTED = {"experts": 3, "max_passes": 5, "transform": "whiten", "components": 4, "spherical": True}
 ROUTER = ("centroids.npy", "transform.safetensors", "router.json")
-
-_DYING = """
-import os, signal
-from hardmoe.partitioning import fit
-run = fit.RouterWork.run
-def dying(self, context):
-    if os.environ.get("DIE_AT") == f"{context.phase}/{context.unit.name}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, context)
-fit.RouterWork.run = dying
-os.cpu_count = lambda: 4
-from hardmoe.cli.main import main
-main()
-"""
-
-
-def partition(directory: Path, backend: str = "inline", die_at: str = "") -> subprocess.CompletedProcess[str]:
-    """`hardmoe partition`, killed at a unit (`phase/unit`) of the router if asked."""
-    return subprocess.run(
-        [sys.executable, "-c", _DYING, "partition", "--backend", backend],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "DIE_AT": die_at},
-    )
 
 
 def project(directory: Path, finished: Path, **partition: Any) -> Path:
@@ -142,17 +113,7 @@ def test_resumed_fit_goes_on_with_the_directions_it_has_and_asks_lapack_no_more(
     """On a machine whose LAPACK errs by other bits, half of the passes would otherwise look at other features."""
     other = project(tmp_path, finished)
     assert partition(tmp_path, die_at="sample/00000").returncode == -signal.SIGKILL
-    without = _DYING.replace(
-        "run = fit", "from hardmoe.partitioning import transform_fit; del transform_fit.fit_transform; run = fit", 1
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", without, "partition", "--backend", "inline"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=dict(os.environ),
-    )
+    result = partition(tmp_path, patch="from hardmoe.partitioning import transform_fit; del transform_fit.fit_transform")
     assert result.returncode == 0, result.stderr
     assert records(other) == records(projected_root)
 

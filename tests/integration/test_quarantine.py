@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import struct
 import zlib
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support import invoke, real_images, refusal, succeed, write_recipe
+from support import invoke, payload, real_images, refusal, succeed, write_recipe
 
 Row = tuple[bytes | None, list[str] | None]
 
@@ -60,11 +59,6 @@ def build_dataset(project: Path, **changes: Any) -> Path:
     write_recipe(project, hashtags={"min_count": 1_000_000}, **changes)
     assert "hashtags.min_count=1000000" in refusal(invoke(project, "partition", "--backend", "inline"))
     return project / "runs" / "small"
-
-
-def payload(root: Path, name: str) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((root / name / "artifact.json").read_text())["payload"]
-    return body
 
 
 def table(root: Path, pattern: str) -> list[dict[str, Any]]:

@@ -3,16 +3,11 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support import real_images, run_here, write_photos, write_recipe
+from support import payload, real_images, run_here, write_photos, write_recipe
 
 TRAINED = ("trunk", "baselines/dense", "experts/expert-0000")
-
-
-def payload(root: Path, artifact: str) -> Any:
-    return json.loads((root / artifact / "artifact.json").read_text())["payload"]
 
 
 @pytest.fixture(scope="module")

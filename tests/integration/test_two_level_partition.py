@@ -4,10 +4,7 @@ Shape letters: N examples, D feature dim, F fine clusters, K experts.
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
-from support import TWO_LEVEL, invoke, records, refusal, run_here, write_recipe
+from support import TWO_LEVEL, invoke, partition, records, refusal, run_here, write_recipe
 from test_theorems_partition import by_id, payload, rows
 
 from hardmoe.arrays import load_arrays
@@ -26,31 +23,6 @@ from hardmoe.partitioning.grouping import Borders, group_clusters
 from hardmoe.storage import open_storage
 
 EXPERTS = 3
-_DYING = """
-import os, signal
-from hardmoe.partitioning import fit
-run = fit.RouterWork.run
-def dying(self, context):
-    if os.environ.get("DIE_AT") == f"{context.phase}/{context.unit.name}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, context)
-fit.RouterWork.run = dying
-os.cpu_count = lambda: 4
-from hardmoe.cli.main import main
-main()
-"""
-
-
-def partition(directory: Path, backend: str = "inline", die_at: str = "") -> subprocess.CompletedProcess[str]:
-    """`hardmoe partition`, killed at a unit of the router (`phase/unit`) if asked."""
-    return subprocess.run(
-        [sys.executable, "-c", _DYING, "partition", "--backend", backend],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "DIE_AT": die_at},
-    )
 
 
 def project(directory: Path, photos: Path, reuse: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Path:

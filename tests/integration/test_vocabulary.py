@@ -7,17 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from s3 import Store
-from support import copied_run, invoke, refusal, run_here, snapshot, write_recipe
+from support import copied_run, invoke, payload, refusal, run_here, snapshot, write_recipe
 
 from hardmoe.data.hashtags import normalise
 from hardmoe.storage import open_storage
 
 VOCABULARY = ("partition", "--backend", "inline")
-
-
-def payload(root: Path, artifact: str) -> dict:  # type: ignore[type-arg]
-    body: dict = json.loads((root / artifact / "artifact.json").read_text())["payload"]  # type: ignore[type-arg]
-    return body
 
 
 def rows(path: Path) -> list[dict]:  # type: ignore[type-arg]

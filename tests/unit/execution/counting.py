@@ -8,6 +8,7 @@ phases, something shared by the driver, and a small file of the finish. What goe
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -295,3 +296,26 @@ class Run:
 def total(numbers: Sequence[int]) -> int:
     """What a counting stage must come to."""
     return sum(number * number for number in numbers)
+
+
+def eventually(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def in_thread(run: Run) -> tuple[threading.Thread, list[BaseException]]:
+    """Begin a run beside the test; the list gets what it raises."""
+    raised: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            run.run()
+        except BaseException as error:  # noqa: BLE001 - the test looks at whatever it was
+            raised.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    return thread, raised

@@ -1,39 +1,15 @@
 """Several drivers on one root: they divide the work, wait for each other, and never build the same thing twice."""
 
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from counting import Control, NotedDisplay, Run, ScriptedBackend, counting, total
+from counting import Control, NotedDisplay, Run, ScriptedBackend, counting, eventually, in_thread, total
 from support import records
 
 from hardmoe.artifacts.lease import LEASE_NAME, Lease, LeaseObserver
 from hardmoe.errors import DriftError, LeaseError, UnitsFailedError
 from hardmoe.execution.runner import RunnerOptions
 from hardmoe.storage import LocalStorage
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-
-
-def in_thread(run: Run) -> tuple[threading.Thread, list[BaseException]]:
-    raised: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            run.run()
-        except BaseException as error:  # noqa: BLE001 - the test looks at whatever it was
-            raised.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    return thread, raised
 
 
 def test_driver_waits_for_the_holder_by_name_and_then_uses_its_artifact(root: Path, control: Control) -> None:

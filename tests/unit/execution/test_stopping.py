@@ -2,14 +2,12 @@
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from counting import Control, Run, ScriptedBackend, counting, total
+from counting import Control, Run, ScriptedBackend, counting, eventually, in_thread, total
 from support import records
 
 from hardmoe.errors import StoppedError, UnitsFailedError
@@ -18,13 +16,6 @@ from hardmoe.execution.runner import RunnerOptions
 from hardmoe.execution.stopping import StopRequests, UnitStop, present_request, request_stop
 from hardmoe.execution.task import UnitOutcome, UnitTask
 from hardmoe.storage import LocalStorage
-
-
-def eventually(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def requests(storage: LocalStorage) -> StopRequests:
@@ -143,20 +134,6 @@ def test_word_left_by_a_worker_that_died_right_after_counts_and_an_old_word_does
     with pytest.raises(UnitsFailedError, match="its worker died 2 times without a new checkpoint in between"):
         run.run()
     assert sum("going on from there" in line for line in run.display.lines) == 2
-
-
-def in_thread(run: Run) -> tuple[threading.Thread, list[BaseException]]:
-    raised: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            run.run()
-        except BaseException as error:  # noqa: BLE001 - the test looks at whatever it was
-            raised.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    return thread, raised
 
 
 def test_request_ends_drivers_at_work_and_the_next_ones_go_on(root: Path, control: Control, tmp_path: Path) -> None:

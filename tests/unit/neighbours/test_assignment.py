@@ -1,6 +1,5 @@
 """Theorem 2: the assignment equals a ten-line NumPy brute force, for any engine, batch size and order of rows."""
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -15,14 +14,7 @@ from hardmoe.neighbours.torch_engine import TorchEngine
 ENGINES = [FaissEngine(), TorchEngine("cpu")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0])
-    faiss.omp_set_num_threads(threads[1])
+pytestmark = pytest.mark.usefixtures("one_search_thread")
 
 
 def brute_force(features, centroids):

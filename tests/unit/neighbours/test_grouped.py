@@ -1,9 +1,7 @@
 """Groups of centroids: nearest and second group, and the distance to any, equal a brute force in NumPy, ties included."""
 
-import faiss
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,14 +13,7 @@ from hardmoe.neighbours.torch_engine import TorchEngine
 ENGINES = [FaissEngine(), TorchEngine("cpu")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0])
-    faiss.omp_set_num_threads(threads[1])
+pytestmark = pytest.mark.usefixtures("one_search_thread")
 
 
 def distances_of(features, centroids):

@@ -15,7 +15,8 @@ from hardmoe.partitioning.balance_pass import Plan
 from hardmoe.partitioning.balance_phases import sample_rows, scan_rows
 from hardmoe.partitioning.balance_placement import Balanced, place_rows, summarise
 from hardmoe.partitioning.cost_grid import CostGrid
-from hardmoe.partitioning.router import FeatureTransform, Router
+from hardmoe.partitioning.router import Router
+from hardmoe.partitioning.transform import FeatureTransform
 
 SEED = 3
 ENGINE = TorchEngine("cpu")

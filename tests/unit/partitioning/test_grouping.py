@@ -13,7 +13,8 @@ from hardmoe.neighbours.assignment import Assignment, assign
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.grouping import Borders, group_clusters
 from hardmoe.partitioning.kmeans import FitOptions, fit
-from hardmoe.partitioning.router import FeatureTransform, Router
+from hardmoe.partitioning.router import Router
+from hardmoe.partitioning.transform import FeatureTransform
 
 
 def brute_force(centroids, counts, shared, num_groups):

@@ -5,7 +5,6 @@ from itertools import pairwise
 import faiss
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans, kmeans_plusplus
@@ -36,14 +35,7 @@ from hardmoe.partitioning.seeding import _SampleGrid, seed_centroids
 ENGINE = FaissEngine()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0])
-    faiss.omp_set_num_threads(threads[1])
+pytestmark = pytest.mark.usefixtures("one_search_thread")
 
 
 def random_ids(rows, seed=0):

@@ -3,10 +3,8 @@
 import json
 import math
 
-import faiss
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,14 +19,7 @@ from hardmoe.partitioning.transform_fit import fit_transform
 KINDS = ["none", "l2", "pca", "whiten"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0])
-    faiss.omp_set_num_threads(threads[1])
+pytestmark = pytest.mark.usefixtures("one_search_thread")
 
 
 def random_router(kind="l2", experts=5, dim=12, seed=0):
