@@ -18,12 +18,12 @@ CHECKS = "checks"
 """Directory of the checks' artifacts: a directory of them for each dataset checked."""
 
 _SAMPLE_VERSION = 1
-_SWEEP_VERSION = 1
+_SWEEP_VERSION = 2
 _KEY_LENGTH = 8
 
 _OF_THE_SAMPLE = ("sample_size", "transform", "components")
 """Keys that decide what is drawn."""
-_OF_THE_FITS = (*_OF_THE_SAMPLE, "max_passes", "tolerance", "spherical")
+_OF_THE_FITS = (*_OF_THE_SAMPLE, "restarts", "max_passes", "tolerance", "spherical")
 """Keys that decide what is fitted to it."""
 
 

@@ -8,6 +8,12 @@ from hardmoe.config import Config, added
 
 _SLACK = 0.05
 _FINE_PER_EXPERT, _MOST_FINE = 16, 16_384
+_MOST_STARTS, _LEAST_STARTS = 8, 2
+
+
+def default_starts(num_clusters: int) -> int:
+    """How many starts k-means compares where nobody says: with few clusters one is often unlucky, with many chance evens out."""
+    return min(_MOST_STARTS, max(_LEAST_STARTS, 256 // num_clusters))
 
 
 class PartitionConfig(Config):
@@ -47,8 +53,9 @@ class PartitionConfig(Config):
     sample_size: int = Field(262_144, ge=1)
     """At most so many features, drawn by hash, choose the first centroids. Every feature takes part in every later pass."""
 
-    restarts: int = Field(3, ge=1, le=99)
-    """So many starts are tried on the sample, and the one with the smallest sum of squared distances is taken."""
+    restarts: int | None = Field(None, ge=1, le=99)
+    """So many starts are tried on the sample, and the one with the smallest sum of squared distances is taken; null: eight for up
+    to 32 experts, fewer for more, two from 128 on."""
 
     max_share: float = Field(0.9, gt=0.0, le=1.0)
     """A fit whose largest part holds more than this share of the examples is refused as collapsed."""
@@ -75,6 +82,11 @@ class PartitionConfig(Config):
         if self.method != "two_level":
             return self.experts
         return self.fine_clusters or _FINE_PER_EXPERT * self.experts
+
+    @property
+    def num_starts(self) -> int:
+        """How many starts are tried."""
+        return self.restarts or default_starts(self.num_clusters)
 
     @model_validator(mode="after")
     def _slack_counts(self) -> Self:

@@ -25,9 +25,10 @@ from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.grouping import Borders, group_clusters
-from hardmoe.partitioning.kmeans import KMeansFit, PassSums, best_start, refine, scan_batch, start_centroids, start_rows
+from hardmoe.partitioning.kmeans import KMeansFit, PassSums, refine, scan_batch
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.scan import blas_threads
+from hardmoe.partitioning.starting import best_start, climb, rung_rows, start_centroids
 from hardmoe.partitioning.transform import FeatureTransform
 from hardmoe.partitioning.transform_fit import TRANSFORM_PHASES, load_transform, run_transform, transform_phases
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
@@ -35,7 +36,7 @@ from hardmoe.tables import ids_to_array, iterate_table, vectors_to_array
 
 _BATCH_ROWS = 65_536
 _SPARE = 8
-"""So many times the rows that a start needs are sampled, for the case that many of them are copies."""
+"""So many times the rows that the starts need are sampled, for the case that many of them are copies."""
 
 
 class RouterWork:
@@ -48,15 +49,17 @@ class RouterWork:
         paths = features.files("split=train/")
         num_examples: int = features.payload["rows"]["train"]
         _check_enough(num_examples, config)
-        fraction = min(1.0, min(config.sample_size, _SPARE * start_rows(config.num_clusters)) / num_examples)
+        fraction = min(1.0, min(config.sample_size, _SPARE * rung_rows(config.num_clusters)[-1]) / num_examples)
         fitted = yield from transform_phases(context, config, paths, features.payload["dim"])
         shards = [{"path": path, **fitted.arguments} for path in paths]
         sampled = yield Phase("sample", [Unit(f"{i:05d}", {**shard, "fraction": fraction}) for i, shard in enumerate(shards)])
         shared = context.share("samples.json", json.dumps([done.scratch["sample"] for done in sampled]).encode())
-        attempts = [Unit(f"{i:02d}", {"samples": shared, "attempt": i}) for i in range(config.restarts)]
+        attempts = [Unit(f"{i:02d}", {"samples": shared, "attempt": i}) for i in range(config.num_starts)]
         started = yield Phase("start", attempts)
         starts = [_read_fit(context, done) for done in started]
-        fit = yield from self._passes(context, shards, best_start(starts).centroids_KD, config)
+        best = context.share("start.npy", _to_npy(best_start(starts).centroids_KD))
+        (climbed,) = yield Phase("climb", [Unit("climb", {"samples": shared, "centroids": best})])
+        fit = yield from self._passes(context, shards, _read_fit(context, climbed).centroids_KD, config)
         counts_K, groups = fit.counts_K, None
         if config.method == "two_level":
             borders = yield from self._borders(context, shards, fit.centroids_KD)
@@ -110,12 +113,12 @@ class RouterWork:
             return fit
 
     def run(self, context: UnitContext) -> Json:
-        """A shard's share of the sample, of a pass or of the borders; one start; or what the transform's fit consists of."""
+        """A shard's share of the sample, of a pass or of the borders; a start; or what the transform's fit consists of."""
         with blas_threads(context.stage.resources.num_cpus):
             return self._run(context)
 
     def _run(self, context: UnitContext) -> Json:
-        if context.phase == "start":
+        if context.phase in ("start", "climb"):
             return _start(context)
         config = context.stage.section(PartitionConfig, "partition")
         features = context.input("features")
@@ -125,8 +128,7 @@ class RouterWork:
         path, transform = context.unit.arguments["path"], load_transform(context, config)
         if context.phase == "sample":
             return _sample(context, features, path, transform)
-        centroids_KD = np.load(io.BytesIO(context.storage.read_bytes(context.unit.arguments["centroids"])), allow_pickle=False)
-        engine = choose_engine()
+        centroids_KD, engine = _read_centroids(context), choose_engine()
         if context.phase == "borders":
             borders, size = Borders.none(len(centroids_KD)), len(centroids_KD)
             for _, features_ND in read_features(features, path):
@@ -161,16 +163,26 @@ def _sample(context: UnitContext, features: InputArtifact, path: str, transform:
 
 
 def _start(context: UnitContext) -> Json:
-    """One of several starts, over the whole sample."""
+    """One of several starts, or the best one refined; both on the whole sample."""
     arguments, config = context.unit.arguments, context.stage.section(PartitionConfig, "partition")
     paths = json.loads(context.storage.read_bytes(arguments["samples"]))
     samples = [load_arrays(context.storage, path) for path in paths]
     sample_SD = np.concatenate([sample["features"] for sample in samples])
     ids_S16 = np.concatenate([sample["ids"] for sample in samples])
     seed: int = context.stage.config["seed"]
-    found = start_centroids(sample_SD, ids_S16, config.num_clusters, seed, arguments["attempt"], config.spherical)
+    if context.phase == "climb":
+        found = climb(sample_SD, ids_S16, _read_centroids(context), seed, config.spherical)
+    else:
+        found = start_centroids(sample_SD, ids_S16, config.num_clusters, seed, arguments["attempt"], config.spherical)
     save_arrays(context.scratch("centroids"), {"centroids": found.centroids_KD})
     return {"objective": found.objective_per_pass, "converged": found.converged}
+
+
+def _read_centroids(context: UnitContext) -> NDArray[np.float32]:
+    """The centroids that the driver shared with the unit."""
+    shared = io.BytesIO(context.storage.read_bytes(context.unit.arguments["centroids"]))
+    centroids_KD: NDArray[np.float32] = np.load(shared, allow_pickle=False)
+    return centroids_KD
 
 
 def _read_fit(context: DriverContext, done: Completion) -> KMeansFit:

@@ -18,6 +18,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+_U = np.uint64
+
 OFFSET = 1.5 * 2.0**20
 OFFSET_BITS = int(np.array([OFFSET]).view(np.int64)[0])
 LARGEST = 2.0**19
@@ -65,30 +67,39 @@ def squared_norms(features_BD: NDArray[np.float32], squares_B: NDArray[np.float6
 
 
 @njit(nogil=True, error_model="numpy")
-def _pairwise(values_D: NDArray[np.float64]) -> float:
-    """The sum in the order in which NumPy adds a contiguous row: in eight lanes, and by halves past 128."""
-    count = len(values_D)
-    if count > 128:
-        half = count // 2
-        half -= half % 8
-        halves: float = _pairwise(values_D[:half]) + _pairwise(values_D[half:])
+def _in_lanes(values: NDArray[np.float64], start: np.uint64, count: np.uint64) -> float:
+    """The sum of a multiple of eight values in the order in which NumPy adds them: in eight lanes."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
+    for d in range(start, start + count, _U(8)):
+        s0 += values[d]
+        s1 += values[d + _U(1)]
+        s2 += values[d + _U(2)]
+        s3 += values[d + _U(3)]
+        s4 += values[d + _U(4)]
+        s5 += values[d + _U(5)]
+        s6 += values[d + _U(6)]
+        s7 += values[d + _U(7)]
+    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+
+
+@njit(nogil=True, error_model="numpy")
+def _pairwise(values: NDArray[np.float64], start: np.uint64, count: np.uint64) -> float:
+    """The sum in the order in which NumPy adds a contiguous row: in eight lanes, and by halves past 128.
+
+    Unsigned bounds, since a slice takes longer than the sum and a signed index is checked; a whole 128 by itself, which the
+    compiler unrolls: 0.09 us a row of 256, with the differences, and not 0.13.
+    """
+    if count > _U(128):
+        half = count // _U(2)
+        half -= half % _U(8)
+        halves: float = _pairwise(values, start, half) + _pairwise(values, start + half, count - half)
         return halves
-    whole, total = 0, 0.0
-    if count >= 8:
-        whole = count - count % 8
-        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-        for d in range(0, whole, 8):
-            s0 += values_D[d]
-            s1 += values_D[d + 1]
-            s2 += values_D[d + 2]
-            s3 += values_D[d + 3]
-            s4 += values_D[d + 4]
-            s5 += values_D[d + 5]
-            s6 += values_D[d + 6]
-            s7 += values_D[d + 7]
-        total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
-    for d in range(whole, count):
-        total += values_D[d]
+    if count == _U(128):
+        return float(_in_lanes(values, start, _U(128)))
+    rest = count % _U(8)
+    total = float(_in_lanes(values, start, count - rest)) if count >= _U(8) else 0.0
+    for d in range(start + count - rest, start + count):
+        total += values[d]
     return total
 
 
@@ -106,11 +117,11 @@ def distances(
         k = primary_B[row]
         if k < 0:
             continue
-        # A loop of its own, which the compiler turns into vectors: 0.12 us a row of 256 and not 0.24.
+        # A loop of its own, which the compiler turns into vectors: 0.04 us a row of 256.
         for d in range(dim):
             difference = np.float64(features_BD[row, d]) - np.float64(centroids_KD[k, d])
             squares_D[d] = difference * difference
-        squared_B[row] = _pairwise(squares_D)
+        squared_B[row] = _pairwise(squares_D, _U(0), _U(dim))
 
 
 @njit(nogil=True, error_model="numpy")

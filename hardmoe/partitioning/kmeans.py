@@ -1,45 +1,36 @@
 """Lloyd's k-means whose result does not depend on how the data are sharded, batched or ordered.
 
-    start_centroids(sample)                   several times, on a sample drawn by hash: k-means++ and passes over a part of it
     scan_batch(...) + scan_batch(...) + ...   per pass: every batch gives a `PassSums`, and they add up exactly
     update(pass_sums, centroids)              means in float64 from exact sums; empty clusters start anew
     refine(centroids)                         the loop, a generator: it asks for passes, whoever drives it scans the rows
-    fit(features)                             all of it for features in memory
 
-Three things make it order-free: the assignment is exact (`neighbours.assignment`), the sums are integers (`exact_sums`),
-and chance is a hash of the seed, the step and the example id. Centroids keep the order in which they were seeded: number
-k is the k-th point drawn, moved by the passes; sorting them afterwards by size or coordinate would let a small change of
-the data renumber every expert. With unit features the centroids are plain means, unless k-means is asked to be spherical: then
-every mean is scaled back to length 1, and a part is those rows whose angle with its centroid is smallest. The router measures
-Euclidean distance either way, which among centroids of one length ranks as the cosine does, and the descent is as monotone:
-of all points of the sphere the scaled mean is the one with the smallest sum of squared distances to its rows.
+Where it starts is the matter of `starting`; `in_memory` does all of it for features in memory. Three things make it
+order-free: the assignment is exact (`neighbours.assignment`), the sums are integers (`exact_sums`), and chance is a hash of
+the seed, the step and the example id. Centroids keep the order in which they were seeded: number k is the k-th point drawn,
+moved by the passes; sorting them afterwards by size or coordinate would let a small change of the data renumber every expert.
+With unit features the centroids are plain means, unless k-means is asked to be spherical: then every mean is scaled back to
+length 1, and a part is those rows whose angle with its centroid is smallest. The router measures Euclidean distance either
+way, which among centroids of one length ranks as the cosine does, and the descent is as monotone: of all points of the sphere
+the scaled mean is the one with the smallest sum of squared distances to its rows.
 
 Rejected: `faiss.Kmeans` and `sklearn.cluster.KMeans` (float32 counts; everything in memory; the result depends on the
 order of the rows), and mini-batch k-means (the result depends on the order of the batches by construction).
 
-Shape letters: N examples, S examples of the sample, D feature dim, K clusters.
+Shape letters: N examples, D feature dim, K clusters.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hardmoe.errors import DataError
-from hardmoe.hashing import derive_seed, hash_ids
 from hardmoe.neighbours.assignment import sum_of_squares
 from hardmoe.neighbours.engine import Engine, choose_engine
 from hardmoe.partitioning.exact_sums import ClusterSums, FarthestPoints
-from hardmoe.partitioning.scan import blas_threads, scan
-from hardmoe.partitioning.seeding import seed_centroids
+from hardmoe.partitioning.scan import scan
 
-_LEAST_SEED_ROWS, _SEED_ROWS_PER_CLUSTER = 2**11, 32
-_LEAST_START_ROWS, _START_ROWS_PER_CLUSTER = 2**13, 256
-_START_PASSES, _START_TOLERANCE = 25, 1e-3
 _MOST_RESEEDS = 64  # farthest points a batch reports: what a pass can repair; any further empty cluster waits for the next
 
 
@@ -73,22 +64,8 @@ class PassSums:
         return cls(ClusterSums.from_arrays(arrays), FarthestPoints.from_arrays(arrays))
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """How far and how a fit in memory goes."""
-
-    max_passes: int = 50
-    """At most so many passes."""
-    tolerance: float = 1e-4
-    """See `has_converged`."""
-    restarts: int = 1
-    """Starts to choose the best of; see `start_centroids`."""
-    batch_size: int = 65_536
-    """Rows scanned at a time; changes nothing but the memory used."""
-    num_threads: int = 1
-    """Batches scanned at once."""
-    spherical: bool = False
-    """See `update`."""
+Mapper = Callable[[Callable[[int], PassSums], Iterable[int]], Iterable[PassSums]]
+"""`map`, or that of a pool of threads."""
 
 
 @dataclass(frozen=True)
@@ -224,85 +201,11 @@ def refine_with(
         return found
 
 
-def start_rows(num_clusters: int) -> int:
-    """How many rows `start_centroids` looks at."""
-    return max(_LEAST_START_ROWS, _START_ROWS_PER_CLUSTER * num_clusters)
-
-
-def start_centroids(
-    sample_SD: NDArray[np.float32],
-    ids_S16: NDArray[np.uint8],
-    num_clusters: int,
-    seed: int,
-    attempt: int = 0,
-    spherical: bool = False,
-) -> KMeansFit:
-    """Centroids to begin the passes over all rows with: k-means++ on a few rows of the sample, then passes over some more.
-
-    A pass over 65,536 rows costs a fifteenth of one over a million and gets nearly as far, so that what is left to do over all
-    rows is two or three passes instead of twenty. The rows are those with the smallest hashes, the same ones however they are
-    sharded or ordered.
-
-    Args:
-        sample_SD: float32 [S, D], finite, in any order.
-        ids_S16: distinct example ids, uint8 [S, 16].
-        num_clusters: K.
-        seed: the recipe's seed.
-        attempt: number of the restart; each draws its own seeds over the same rows, so that their objectives can be compared.
-        spherical: see `update`; no centroid starts at a row that is zero then.
-
-    Raises:
-        DataError: the sample holds fewer distinct features than clusters, or NaN or infinity.
-    """
-    order_S = np.argsort(hash_ids(ids_S16, seed, "kmeans-start"), kind="stable")
-    seedable = order_S[np.count_nonzero(sample_SD, axis=1)[order_S] > 0] if spherical else order_S
-    first = seedable[: max(_LEAST_SEED_ROWS, _SEED_ROWS_PER_CLUSTER * num_clusters)]
-    more = order_S[: start_rows(num_clusters)]
-    attempt_seed = seed if attempt == 0 else derive_seed(seed, "restart", attempt)
-    try:
-        seeds_KD = seed_centroids(sample_SD[first], ids_S16[first], num_clusters, attempt_seed)
-    except DataError:
-        if len(first) == len(seedable):
-            raise
-        # So many copies that a few rows do not hold K distinct ones; all rows may.
-        seeds_KD = seed_centroids(sample_SD[seedable], ids_S16[seedable], num_clusters, attempt_seed)
-    scan_some = _scan_in_memory(sample_SD[more], ids_S16[more], FitOptions.batch_size, map)
-    return refine_with(scan_some, seeds_KD, _START_PASSES, _START_TOLERANCE, spherical)
-
-
-def fit(
-    features_ND: NDArray[np.float32], ids_N16: NDArray[np.uint8], num_clusters: int, seed: int, options: FitOptions | None = None
-) -> KMeansFit:
-    """K-means of features in memory, begun on some of them.
-
-    Args:
-        features_ND: float32 [N, D].
-        ids_N16: distinct example ids, uint8 [N, 16].
-        num_clusters: K.
-        seed: the recipe's seed.
-        options: see there.
-
-    Raises:
-        DataError: fewer distinct features than clusters, or a feature that is not finite or too large.
-    """
-    options = options or FitOptions()
-    start = partial(start_centroids, features_ND, ids_N16, num_clusters, seed, spherical=options.spherical)
-    with blas_threads(1), ThreadPoolExecutor(options.num_threads) as pool:
-        start_KD = best_start(list(pool.map(start, range(options.restarts)))).centroids_KD
-        scan_all = _scan_in_memory(features_ND, ids_N16, options.batch_size, pool.map)
-        return refine_with(scan_all, start_KD, options.max_passes, options.tolerance, options.spherical)
-
-
-def best_start(starts: Sequence[KMeansFit]) -> KMeansFit:
-    """The one with the smallest objective; of equal ones the first."""
-    return min(starts, key=lambda start: start.objective_per_pass[-1])
-
-
-def _scan_in_memory(
+def scan_in_memory(
     features_ND: NDArray[np.float32],
     ids_N16: NDArray[np.uint8],
     batch_size: int,
-    run: Callable[[Callable[[int], PassSums], Iterable[int]], Iterable[PassSums]],
+    run: Mapper,
 ) -> Callable[[NDArray[np.float32]], PassSums]:
     """A pass over features in memory, for `refine_with`; `run` is `map` or a pool's."""
     engine = choose_engine()

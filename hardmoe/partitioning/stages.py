@@ -28,10 +28,11 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
         fitted["fine_clusters"] = config.num_clusters  # so that null is the number it stands for
     else:
         fitted["method"] = "kmeans"
+    fitted["restarts"] = config.num_starts
     return Stage(
         name="router",
         kind="router",
-        version=3,
+        version=4,
         config={"partition": fitted, "seed": seed},
         inputs={"features": "features"},
         work="hardmoe.partitioning.fit:RouterWork",

@@ -22,7 +22,7 @@ from hardmoe.data.reading import tag_names
 from hardmoe.hashing import derive_seed
 from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.engine import choose_engine
-from hardmoe.partitioning.kmeans import FitOptions, fit
+from hardmoe.partitioning.in_memory import FitOptions, fit
 from hardmoe.partitioning.sweep_sample import Sample, check_counts, load_sample
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
 
@@ -55,7 +55,9 @@ class SweepWork:
         """One fit."""
         settings, parts, seed = context.stage.config["partition"], context.stage.config["parts"], context.unit.arguments["seed"]
         sample = load_sample(context)
-        options = FitOptions(settings["max_passes"], settings["tolerance"], spherical=settings.get("spherical", False))
+        options = FitOptions(
+            settings["max_passes"], settings["tolerance"], settings["restarts"], spherical=settings.get("spherical", False)
+        )
         found = fit(sample.features_SD, sample.ids_S16, parts, seed, options)
         # Assigned once more: the fit's last objective is that of the centroids before its last step.
         assignment = assign(sample.features_SD, found.centroids_KD, choose_engine())

@@ -28,7 +28,7 @@ from hardmoe.hashing import hash_fractions
 from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.fit import read_features
-from hardmoe.partitioning.kmeans import fit
+from hardmoe.partitioning.in_memory import fit
 from hardmoe.partitioning.moments import Moments
 from hardmoe.partitioning.router import TRANSFORM_FILE
 from hardmoe.partitioning.scan import blas_threads

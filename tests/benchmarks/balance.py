@@ -36,7 +36,7 @@ from hardmoe.partitioning.balance_pass import Found, Plan, Scan
 from hardmoe.partitioning.balance_phases import sample_rows, scan_rows
 from hardmoe.partitioning.balance_placement import Balanced, place_rows, summarise
 from hardmoe.partitioning.cost_grid import CostGrid
-from hardmoe.partitioning.kmeans import FitOptions, fit
+from hardmoe.partitioning.in_memory import FitOptions, fit
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.transform import FeatureTransform
 from hardmoe.storage import LocalStorage

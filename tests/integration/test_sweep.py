@@ -16,7 +16,7 @@ from support import copied_run, invoke, records, refusal, snapshot, write_recipe
 from hardmoe.arrays import load_arrays
 from hardmoe.hashing import derive_seed, hash_fractions
 from hardmoe.partitioning import sweep as sweep_module
-from hardmoe.partitioning.kmeans import FitOptions, fit
+from hardmoe.partitioning.in_memory import FitOptions, fit
 from hardmoe.storage import open_storage
 
 KEPT = ("dataset", "vocabulary", "trunk", "features")

@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from hardmoe.neighbours.assignment import Assignment, assign
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.grouping import Borders, group_clusters
-from hardmoe.partitioning.kmeans import FitOptions, fit
+from hardmoe.partitioning.in_memory import FitOptions, fit
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.transform import FeatureTransform
 

@@ -1,5 +1,6 @@
 """Theorem 3: k-means recovers blobs, agrees with scikit-learn, and gives the same centroids whatever the sharding."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import faiss
@@ -16,21 +17,11 @@ from hardmoe.hashing import derive_seed
 from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.faiss_engine import FaissEngine
 from hardmoe.neighbours.torch_engine import TorchEngine
-from hardmoe.partitioning.config import PartitionConfig
-from hardmoe.partitioning.kmeans import (
-    FitOptions,
-    PassSums,
-    best_start,
-    fit,
-    has_converged,
-    refine,
-    refine_with,
-    scan_batch,
-    start_centroids,
-    start_rows,
-    update,
-)
+from hardmoe.partitioning.config import PartitionConfig, default_starts
+from hardmoe.partitioning.in_memory import FitOptions, fit
+from hardmoe.partitioning.kmeans import PassSums, has_converged, refine, refine_with, scan_batch, update
 from hardmoe.partitioning.seeding import _SampleGrid, seed_centroids
+from hardmoe.partitioning.starting import best_start, climb, rung_rows, start_centroids
 
 ENGINE = FaissEngine()
 
@@ -226,13 +217,48 @@ def test_fit_one_cluster_is_the_mean():
     np.testing.assert_array_equal(found.centroids_KD[0], features.astype(np.float64).mean(axis=0).astype(np.float32))
 
 
-def test_start_looks_at_a_bounded_number_of_rows_and_any_order_gives_the_same_bytes():
-    features, _, ids = blobs(rows=start_rows(4) + 500, centers=4, spread=3.0)
+def test_starts_and_rungs_look_at_a_bounded_number_of_rows_and_any_order_gives_the_same_bytes():
+    lowest, _, highest = rung_rows(4)
+    features, _, ids = blobs(rows=highest + 500, centers=4, spread=3.0)
     expected = start_centroids(features, ids, 4, seed=2)
     order = np.random.default_rng(3).permutation(len(features))
     found = start_centroids(features[order], ids[order], 4, seed=2)
     assert found.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
-    assert expected.counts_K.sum() == start_rows(4)
+    assert expected.counts_K.sum() == lowest
+    climbed = climb(features, ids, expected.centroids_KD, seed=2)
+    with ThreadPoolExecutor(2) as pool:
+        again = climb(features[order], ids[order], found.centroids_KD, seed=2, run=pool.map)
+    assert again.centroids_KD.tobytes() == climbed.centroids_KD.tobytes()
+    assert climbed.counts_K.sum() == highest
+
+
+def test_climbing_goes_nearer_to_the_optimum_of_all_rows_than_a_start():
+    """Within K / n of it, n the rows of the highest rung; with no clusters to be found, where the descent is slow."""
+    features = np.random.default_rng(0).standard_normal((40_000, 8), np.float32)
+    ids = random_ids(len(features))
+    start = start_centroids(features, ids, 8, seed=0).centroids_KD
+    climbed = climb(features, ids, start, seed=0).centroids_KD
+    scan = scan_all(features, ids)
+    ends = [refine_with(scan, centroids, 200, 0.0).objective_per_pass for centroids in (start, climbed)]
+    optimum = min(end[-1] for end in ends)
+    assert ends[1][0] < (1.0 + 8 * 8 / rung_rows(8)[-1]) * optimum
+    assert ends[1][0] < ends[0][0]
+
+
+def test_a_sample_smaller_than_a_rung_is_a_rung_itself():
+    features, _, ids = blobs(rows=3000, centers=4, spread=3.0)
+    start = start_centroids(features, ids, 4, seed=0)
+    assert start.counts_K.sum() == rung_rows(4)[0]
+    climbed = climb(features, ids, start.centroids_KD, seed=0)
+    assert climbed.counts_K.sum() == 3000
+    assert climbed.objective_per_pass == refine_with(scan_all(features, ids), start.centroids_KD, 60, 2e-4).objective_per_pass
+
+
+def test_fewer_starts_are_made_of_more_clusters():
+    assert [default_starts(clusters) for clusters in (1, 8, 32, 64, 128, 100_000)] == [8, 8, 8, 4, 2, 2]
+    assert PartitionConfig(experts=64).num_starts == 4
+    assert PartitionConfig(experts=64, restarts=3).num_starts == 3
+    assert PartitionConfig(experts=4, method="two_level").num_starts == 4
 
 
 def test_start_finds_the_few_distinct_points_among_copies():
