@@ -28,7 +28,7 @@ from hardmoe.partitioning.grouping import Borders, group_clusters
 from hardmoe.partitioning.kmeans import KMeansFit, PassSums, refine, scan_batch
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.scan import blas_threads
-from hardmoe.partitioning.starting import best_start, climb, rung_rows, start_centroids
+from hardmoe.partitioning.starting import Ladder, best_start, rung_rows
 from hardmoe.partitioning.transform import FeatureTransform
 from hardmoe.partitioning.transform_fit import TRANSFORM_PHASES, load_transform, run_transform, transform_phases
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
@@ -169,11 +169,8 @@ def _start(context: UnitContext) -> Json:
     samples = [load_arrays(context.storage, path) for path in paths]
     sample_SD = np.concatenate([sample["features"] for sample in samples])
     ids_S16 = np.concatenate([sample["ids"] for sample in samples])
-    seed: int = context.stage.config["seed"]
-    if context.phase == "climb":
-        found = climb(sample_SD, ids_S16, _read_centroids(context), seed, config.spherical)
-    else:
-        found = start_centroids(sample_SD, ids_S16, config.num_clusters, seed, arguments["attempt"], config.spherical)
+    ladder = Ladder(sample_SD, ids_S16, config.num_clusters, context.stage.config["seed"], config.spherical)
+    found = ladder.climb(_read_centroids(context)) if context.phase == "climb" else ladder.start(arguments["attempt"])
     save_arrays(context.scratch("centroids"), {"centroids": found.centroids_KD})
     return {"objective": found.objective_per_pass, "converged": found.converged}
 

@@ -5,7 +5,6 @@ Shape letters: N examples, D feature dim.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from hardmoe.partitioning.config import default_starts
 from hardmoe.partitioning.kmeans import KMeansFit, refine_with, scan_in_memory
 from hardmoe.partitioning.scan import blas_threads
-from hardmoe.partitioning.starting import best_start, climb, start_centroids
+from hardmoe.partitioning.starting import Ladder, best_start
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ def fit(
         DataError: fewer distinct features than clusters, or a feature that is not finite or too large.
     """
     options = options or FitOptions()
-    start = partial(start_centroids, features_ND, ids_N16, num_clusters, seed, spherical=options.spherical)
+    ladder = Ladder(features_ND, ids_N16, num_clusters, seed, options.spherical)
     with blas_threads(1), ThreadPoolExecutor(options.num_threads) as pool:
-        starts = list(pool.map(start, range(options.restarts or default_starts(num_clusters))))
-        climbed = climb(features_ND, ids_N16, best_start(starts).centroids_KD, seed, options.spherical, pool.map)
+        starts = list(pool.map(ladder.start, range(options.restarts or default_starts(num_clusters))))
+        climbed = ladder.climb(best_start(starts).centroids_KD, pool.map)
         scan_all = scan_in_memory(features_ND, ids_N16, options.batch_size, pool.map)
         return refine_with(scan_all, climbed.centroids_KD, options.max_passes, options.tolerance, options.spherical)

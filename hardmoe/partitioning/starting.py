@@ -1,7 +1,7 @@
 """Where k-means begins its passes over all rows: the best of several starts, refined on ever larger samples.
 
-    start_centroids(sample, attempt)   k-means++ on the first rung's rows, and passes over them; several attempts are compared
-    climb(sample, best)                passes over four times as many rows, then over sixteen times as many
+    Ladder(sample).start(attempt)   k-means++ on the first rung's rows, and passes over them; several attempts are compared
+    Ladder(sample).climb(best)      passes over four times as many rows, then over sixteen times as many
 
 What passes over n rows converge to lies about K / n of the objective above what passes over all rows would (each of K means errs
 by its cluster's variance over n / K rows), so the last rung's 1,024 rows per cluster leave a tenth of a per cent, for a pass or
@@ -42,88 +42,81 @@ def rung_rows(num_clusters: int) -> tuple[int, ...]:
     return tuple(first * _GROWTH**rung for rung in range(_RUNGS))
 
 
-def start_centroids(
-    sample_SD: NDArray[np.float32],
-    ids_S16: NDArray[np.uint8],
-    num_clusters: int,
-    seed: int,
-    attempt: int = 0,
-    spherical: bool = False,
-) -> KMeansFit:
-    """One start: k-means++ and passes over the first rung.
+class Ladder:
+    """A sample, and the rows of it that the starts and the rungs look at: those with the smallest hashes, smallest first."""
 
-    Args:
-        sample_SD: float32 [S, D], finite, in any order.
-        ids_S16: distinct example ids, uint8 [S, 16].
-        num_clusters: K.
-        seed: the recipe's seed.
-        attempt: number of the start; each draws its own seeds over the same rows, so that their objectives can be compared.
-        spherical: see `kmeans.update`; no centroid starts at a row that is zero then.
+    def __init__(
+        self,
+        sample_SD: NDArray[np.float32],
+        ids_S16: NDArray[np.uint8],
+        num_clusters: int,
+        seed: int,
+        spherical: bool = False,
+    ) -> None:
+        """Choose the rows.
 
-    Raises:
-        DataError: the sample holds fewer distinct features than clusters, or NaN or infinity.
-    """
-    rows = _first_rows(ids_S16, seed, rung_rows(num_clusters)[0])
-    seedable = _not_zero(sample_SD, rows) if spherical else rows
-    first = seedable[: max(_LEAST_ROWS, _SEED_ROWS_PER_CLUSTER * num_clusters)]
-    attempt_seed = seed if attempt == 0 else derive_seed(seed, "restart", attempt)
-    try:
-        seeds_KD = seed_centroids(sample_SD[first], ids_S16[first], num_clusters, attempt_seed)
-    except DataError:
-        every = np.arange(len(sample_SD))
-        if spherical:
-            every = _not_zero(sample_SD, every)
-        if len(first) == len(every):
-            raise
-        # So many copies that a few rows do not hold K distinct ones; all rows may.
-        seeds_KD = seed_centroids(sample_SD[every], ids_S16[every], num_clusters, attempt_seed)
-    scan_first = scan_in_memory(sample_SD[rows], ids_S16[rows], _BATCH_ROWS, map)
-    return refine_with(scan_first, seeds_KD, _START_PASSES, _START_TOLERANCE, spherical)
+        Args:
+            sample_SD: float32 [S, D], finite, in any order.
+            ids_S16: distinct example ids, uint8 [S, 16].
+            num_clusters: K.
+            seed: the recipe's seed.
+            spherical: see `kmeans.update`; no centroid starts at a row that is zero then.
+        """
+        self._sample_SD, self._sample_ids_S16 = sample_SD, ids_S16
+        self._num_clusters, self._seed, self._spherical = num_clusters, seed, spherical
+        self._rungs = rung_rows(num_clusters)
+        hashes_S, count = hash_ids(ids_S16, seed, "kmeans-start"), self._rungs[-1]
+        rows = np.argpartition(hashes_S, count)[:count] if count < len(hashes_S) else np.arange(len(hashes_S))
+        rows = rows[np.argsort(hashes_S[rows], kind="stable")]
+        self._features_SD, self._ids_S16 = sample_SD[rows], ids_S16[rows]
+
+    def start(self, attempt: int = 0) -> KMeansFit:
+        """One start: k-means++ and passes over the first rung.
+
+        Args:
+            attempt: number of the start; each draws its own seeds over the same rows, so that their objectives can be compared.
+
+        Raises:
+            DataError: the sample holds fewer distinct features than clusters, or NaN or infinity.
+        """
+        features_SD, ids_S16 = self._features_SD[: self._rungs[0]], self._ids_S16[: self._rungs[0]]
+        attempt_seed = self._seed if attempt == 0 else derive_seed(self._seed, "restart", attempt)
+        count = max(_LEAST_ROWS, _SEED_ROWS_PER_CLUSTER * self._num_clusters)
+        try:
+            seeds_KD = self._seeds(features_SD, ids_S16, attempt_seed, count)
+        except DataError:
+            # So many copies that a few rows do not hold K distinct ones; all rows may.
+            seeds_KD = self._seeds(self._sample_SD, self._sample_ids_S16, attempt_seed)
+        scan_first = scan_in_memory(features_SD, ids_S16, _BATCH_ROWS, map)
+        return refine_with(scan_first, seeds_KD, _START_PASSES, _START_TOLERANCE, self._spherical)
+
+    def _seeds(
+        self, features_SD: NDArray[np.float32], ids_S16: NDArray[np.uint8], seed: int, count: int | None = None
+    ) -> NDArray[np.float32]:
+        if self._spherical:
+            seedable_S = features_SD.any(axis=1)
+            features_SD, ids_S16 = features_SD[seedable_S], ids_S16[seedable_S]
+        return seed_centroids(features_SD[:count], ids_S16[:count], self._num_clusters, seed)
+
+    def climb(self, start_KD: NDArray[np.float32], run: Mapper = map) -> KMeansFit:
+        """Refine a start on the rungs above the first; returns the fit on the last one.
+
+        A rung that the sample has no rows for is the whole sample.
+
+        Args:
+            start_KD: float32 [K, D].
+            run: scans batches of rows, at once if it likes.
+        """
+        for count in self._rungs[1:]:
+            features_SD, ids_S16 = self._features_SD[:count], self._ids_S16[:count]
+            scan_rung = scan_in_memory(features_SD, ids_S16, min(_BATCH_ROWS, count // _GROWTH), run)
+            fit = refine_with(scan_rung, start_KD, _RUNG_PASSES, _RUNG_TOLERANCE, self._spherical)
+            start_KD = fit.centroids_KD
+            if count >= len(self._ids_S16):
+                break
+        return fit
 
 
 def best_start(starts: Sequence[KMeansFit]) -> KMeansFit:
     """The one with the smallest objective; of equal ones the first."""
     return min(starts, key=lambda start: start.objective_per_pass[-1])
-
-
-def climb(
-    sample_SD: NDArray[np.float32],
-    ids_S16: NDArray[np.uint8],
-    start_KD: NDArray[np.float32],
-    seed: int,
-    spherical: bool = False,
-    run: Mapper = map,
-) -> KMeansFit:
-    """Refine a start on the rungs above the first; returns the fit on the last one.
-
-    A rung that the sample has no rows for is the whole sample.
-
-    Args:
-        sample_SD: float32 [S, D], as for the starts.
-        ids_S16: distinct example ids, uint8 [S, 16].
-        start_KD: float32 [K, D].
-        seed: the recipe's seed.
-        spherical: see `kmeans.update`.
-        run: scans batches of rows, at once if it likes.
-    """
-    highest = rung_rows(len(start_KD))[-1]
-    rows = _first_rows(ids_S16, seed, highest)
-    sample_SD, ids_S16 = sample_SD[rows], ids_S16[rows]
-    for count in rung_rows(len(start_KD))[1:]:
-        scan_rung = scan_in_memory(sample_SD[:count], ids_S16[:count], min(_BATCH_ROWS, count // _GROWTH), run)
-        fit = refine_with(scan_rung, start_KD, _RUNG_PASSES, _RUNG_TOLERANCE, spherical)
-        start_KD = fit.centroids_KD
-        if count >= len(rows):
-            break
-    return fit
-
-
-def _first_rows(ids_S16: NDArray[np.uint8], seed: int, count: int) -> NDArray[np.intp]:
-    """The rows with the `count` smallest hashes, smallest first."""
-    hashes_S = hash_ids(ids_S16, seed, "kmeans-start")
-    rows = np.argpartition(hashes_S, count)[:count] if count < len(hashes_S) else np.arange(len(hashes_S))
-    return rows[np.argsort(hashes_S[rows], kind="stable")]
-
-
-def _not_zero(sample_SD: NDArray[np.float32], rows: NDArray[np.intp]) -> NDArray[np.intp]:
-    return rows[sample_SD[rows].any(axis=1)]

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import faiss
 import numpy as np
@@ -30,7 +29,7 @@ from hardmoe.partitioning.config import default_starts
 from hardmoe.partitioning.in_memory import FitOptions
 from hardmoe.partitioning.kmeans import PassSums, refine_with, scan_batch
 from hardmoe.partitioning.scan import blas_threads
-from hardmoe.partitioning.starting import best_start, climb, start_centroids
+from hardmoe.partitioning.starting import Ladder, best_start
 
 DIM, PASSES, NEAR = 256, 25, 1.001
 CORES = len(os.sched_getaffinity(0))
@@ -121,9 +120,9 @@ def run_ours(features_ND: np.ndarray, clusters: int, seed: int, goal: float) -> 
             objectives.append((total.sums.objective, time.perf_counter() - began))
             return total
 
-        start = partial(start_centroids, features_ND, ids_N16, clusters, seed)
-        fits = list(pool.map(start, range(default_starts(clusters))))
-        climbed = climb(features_ND, ids_N16, best_start(fits).centroids_KD, seed, run=pool.map)
+        ladder = Ladder(features_ND, ids_N16, clusters, seed)
+        fits = list(pool.map(ladder.start, range(default_starts(clusters))))
+        climbed = ladder.climb(best_start(fits).centroids_KD, pool.map)
         refine_with(scan_all, climbed.centroids_KD, PASSES, 1e-4)
     reached = next((moment for objective, moment in objectives if objective <= NEAR * goal), None)
     return Fit(statistics.median(seconds), reached, objectives[-1][0])
