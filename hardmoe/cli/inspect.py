@@ -45,7 +45,7 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
     while True:
         storage, recipe = existing_run(options)
         names = artifact_names(storage, recipe)
-        rows = [_status(storage, name) for name in names]
+        rows = [artifact_status(storage, name) for name in names]
         if watch and not as_json:
             click.clear()
         click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
@@ -65,7 +65,8 @@ def artifact_names(storage: Storage, recipe: Recipe) -> list[str]:
     return names
 
 
-def _status(storage: Storage, name: str) -> ArtifactStatus:
+def artifact_status(storage: Storage, name: str) -> ArtifactStatus:
+    """How an artifact stands, in a few reads, however many units it has."""
     try:
         artifact = ArtifactStore(storage).find(name)
     except CorruptFileError as error:
@@ -139,7 +140,7 @@ def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> Non
 def _print_failures(storage: Storage, names: Sequence[str]) -> None:
     found = 0
     for artifact in names:
-        for failure in _status(storage, artifact).progress.get("failures", []):
+        for failure in artifact_status(storage, artifact).progress.get("failures", []):
             found += 1
             click.echo(f"{failure['unit']}: {failure['error']}")
     if not found:
