@@ -82,6 +82,19 @@ class Recipe(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_images_to_choose_by(self) -> Self:
+        if self.dataset.validation_fraction > 0 or self.dataset.split_column is not None:
+            return self
+        for name, section in (("trunk", self.trunk), ("experts", self.experts)):
+            for key, off in (("early_stop", None), ("keep", "last")):
+                if getattr(section, key) != off:
+                    raise ValueError(
+                        f"{name}.{key} is decided on validation images, of which dataset.validation_fraction: 0 leaves none; "
+                        f"set that to 0.05, or take {name}.{key} out"
+                    )
+        return self
+
     def what(self) -> dict[str, Any]:
         """The identity of all sections, nested as in the file."""
         sections = {name: getattr(self, name) for name in type(self).model_fields if name not in self.operational_fields()}

@@ -123,6 +123,13 @@ class TrainingConfig(Config):
     augment: AugmentConfig = added(AugmentConfig())
     """Random changes of the training images."""
 
+    early_stop: int | None = added(None, ge=1)
+    """End after so many epochs in a row without a better validation precision@1; the schedule is not shortened by it, so
+    `schedule: constant` goes with it best; null trains all epochs. A part without validation images is trained to the end."""
+
+    keep: Literal["last", "best"] = added("last")
+    """Which weights are the result: those after the last step, or those after the epoch with the best validation precision@1."""
+
     checkpoint_every_steps: int | None = operational(200, ge=1)
     """Steps between checkpoints; null for none by steps."""
 

@@ -143,6 +143,8 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     }
     if result.divergence is not None:
         payload["divergence"] = asdict(result.divergence)
+    if result.selection is not None:
+        payload["selection"] = asdict(result.selection)
     with context.output(description_file) as out:
         out.write((json.dumps(payload, indent=1, sort_keys=True) + "\n").encode())
     return payload

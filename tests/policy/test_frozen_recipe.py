@@ -27,7 +27,7 @@ IDENTITY = """
     trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
     trunk.accumulate trunk.optimizer trunk.schedule trunk.beta2 trunk.max_grad_norm trunk.ema_decay
-    trunk.loss trunk.class_weights trunk.label_smoothing
+    trunk.loss trunk.class_weights trunk.label_smoothing trunk.early_stop trunk.keep
     trunk.augment.crop trunk.augment.crop_ratio trunk.augment.flip trunk.augment.jitter trunk.augment.randaugment
     trunk.augment.magnitude trunk.augment.mixup trunk.augment.cutmix
     partition.experts partition.method partition.fine_clusters partition.slack partition.overlap
@@ -38,7 +38,7 @@ IDENTITY = """
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction
     experts.accumulate experts.optimizer experts.schedule experts.beta2 experts.max_grad_norm experts.ema_decay
-    experts.budget experts.loss experts.class_weights experts.label_smoothing
+    experts.budget experts.loss experts.class_weights experts.label_smoothing experts.early_stop experts.keep
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
     decoder.epochs decoder.align decoder.dim decoder.batch_size decoder.learning_rate decoder.weight_decay
@@ -69,6 +69,8 @@ ADDED = {
             "loss": "softmax",
             "class_weights": "none",
             "label_smoothing": 0.0,
+            "early_stop": None,
+            "keep": "last",
             "augment.crop": None,
             "augment.crop_ratio": 1.3333,
             "augment.flip": False,
