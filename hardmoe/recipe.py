@@ -66,11 +66,6 @@ class Recipe(Config):
                         f"experts.init is 'trunk' but experts.{key} '{own}' is not the trunk's '{trunk}'; "
                         "set experts.init: random, or leave experts.backbone out"
                     )
-        if self.experts.init == "trunk" and self.experts.loss == "sigmoid" != self.trunk.loss:
-            raise ValueError(
-                f"experts.loss is 'sigmoid' but the experts start from a trunk trained with '{self.trunk.loss}', whose outputs "
-                "are no log odds; set trunk.loss: sigmoid, or experts.init: random"
-            )
         if self.experts.budget == "examples" and self.partition.has_extra_copies:
             raise ValueError(
                 "experts.budget: examples gives every expert as many images, where partition.overlap and "
@@ -79,6 +74,27 @@ class Recipe(Config):
         if self.partition.method == "given" and self.dataset.part_column is None:
             raise ValueError(
                 "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_go_together(self) -> Self:
+        experts, trunk = self.experts, self.trunk
+        uses = {
+            "start from": ("experts.init: random", experts.init == "trunk"),
+            "decode with": ("experts.decoder: own", experts.decoder == "fixed"),
+            "learn from": ("experts.distill.weight: 0", experts.distill.weight > 0),
+        }
+        for verb, (remedy, asked) in uses.items():
+            if asked and experts.loss == "sigmoid" != trunk.loss:
+                raise ValueError(
+                    f"experts.loss is 'sigmoid' but the experts {verb} a trunk trained with '{trunk.loss}', whose outputs "
+                    f"are no log odds; set trunk.loss: sigmoid, or {remedy}"
+                )
+        if experts.distill.weight > 0 and trunk.loss == "sigmoid" != experts.loss:
+            raise ValueError(
+                f"experts.loss is '{experts.loss}' but the experts learn from a trunk trained with 'sigmoid', whose outputs are "
+                "log odds of each hashtag; set experts.loss: sigmoid, or experts.distill.weight: 0"
             )
         return self
 

@@ -104,10 +104,15 @@ def _probed_width(recipe: Recipe) -> int | None:
     from hardmoe.models.probe import probe_backbone
 
     size = recipe.trunk.image_size
-    width = probe_backbone(recipe.trunk.backbone, image_size=size, stem=recipe.trunk.stem)
+    trunk_width = probe_backbone(recipe.trunk.backbone, image_size=size, stem=recipe.trunk.stem)
     if recipe.experts.backbone is None:
-        return width
-    return probe_backbone(recipe.experts.backbone, image_size=size, stem=recipe.experts.stem)
+        return trunk_width
+    width = probe_backbone(recipe.experts.backbone, image_size=size, stem=recipe.experts.stem)
+    if recipe.experts.decoder == "fixed" and width is not None and trunk_width is not None:
+        from hardmoe.experts.start import check_decoder_fits
+
+        check_decoder_fits(recipe.experts.backbone, width, trunk_width)
+    return width
 
 
 def _trained_width(recipe: Recipe, plan: Plan) -> int | None:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hardmoe.config import added, operational
-from hardmoe.training.config import Gpus, TrainingConfig
+from hardmoe.training.config import DistillConfig, Gpus, TrainingConfig
 
 
 class ExpertsConfig(TrainingConfig):
@@ -23,6 +23,11 @@ class ExpertsConfig(TrainingConfig):
     """What experts of unequal parts have alike: `epochs`, so that one with a larger part trains longer; or `examples`, so that
     each is shown `epochs` times the mean part and one with a smaller part sees each image more often. All experts together, and
     the dense baseline, are shown `epochs` times all images either way."""
+    decoder: Literal["own", "fixed"] = added("own")
+    """What an expert decodes with while it trains: a decoder of its own, which moves with it; or the trunk's, held `fixed`, so
+    that the features of all experts mean the same by construction. `fixed` needs features as wide as the trunk's."""
+    distill: DistillConfig = added(DistillConfig())
+    """Learning from the trunk's outputs as well."""
     gpus: Gpus = operational("auto")
     """GPUs per expert; a fraction packs several onto one; `auto` takes one where there are any, else none."""
 

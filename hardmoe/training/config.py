@@ -60,6 +60,23 @@ class AugmentConfig(Config):
         return self
 
 
+class DistillConfig(Config):
+    """Learning from the trunk's outputs beside the hashtags; off by default."""
+
+    weight: float = added(0.0, ge=0, le=1)
+    """Share of the loss that is the distance to the trunk's outputs on the same augmented images; the hashtags have the rest. A
+    step then costs a forward pass of the trunk more, a quarter to a third where both are of one size; 0 for none."""
+
+    temperature: float = added(1.0, gt=0, le=100)
+    """What both networks' outputs are divided by before they are compared; above 1 the trunk's second thoughts count more."""
+
+    @model_validator(mode="after")
+    def _temperature_needs_a_weight(self) -> Self:
+        if self.weight == 0 and self.temperature != type(self).model_fields["temperature"].default:
+            raise ValueError(f"temperature: {self.temperature:g} changes nothing without weight; set weight: 0.5, or take it out")
+        return self
+
+
 class TrainingConfig(Config):
     """Stochastic gradient descent, by default with momentum, a linear warm-up and a cosine to zero."""
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from hardmoe.training.background import BackgroundWriter
 from hardmoe.training.checkpoint import Checkpoint, Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import deterministic
+from hardmoe.training.distillation import Teacher
 from hardmoe.training.divergence import LEARNING_RATE_FACTOR, Divergence, LossLostError, anchor_before, anchors_needed, is_anchor
 from hardmoe.training.losses import build_loss
 from hardmoe.training.metrics_log import MetricsLog
@@ -75,6 +76,16 @@ class TrainingSinks:
 
 
 @dataclass(frozen=True)
+class TrainingReferences:
+    """What a training is held against."""
+
+    validation: ExampleSet | None = None
+    """Scored after every epoch."""
+    teacher: Teacher | None = None
+    """A network whose outputs count beside the hashtags; it may be left on the training's device."""
+
+
+@dataclass(frozen=True)
 class TrainingResult:
     """What came of a training; the same for every attempt, so it may go into an artifact's record."""
 
@@ -117,7 +128,7 @@ def train(
     *,
     seed: int,
     device: torch.device,
-    validation: ExampleSet | None = None,
+    references: TrainingReferences | None = None,
     sinks: TrainingSinks | None = None,
 ) -> TrainingResult:
     """Train a classifier in place, resuming from the latest checkpoint of the same training.
@@ -130,7 +141,7 @@ def train(
         config: see `TrainingConfig`.
         seed: decides the order of the examples and the randomness of layers such as dropout.
         device: where to train; bfloat16 autocast on a GPU, float32 elsewhere.
-        validation: scored after every epoch.
+        references: validation examples and a teacher, each optional.
         sinks: checkpoints, log and progress, each optional.
 
     Raises:
@@ -139,12 +150,13 @@ def train(
     """
     sinks = sinks or TrainingSinks()
     labelled = examples.labelled()
-    validation = validation.labelled() if validation else None
+    references = references or TrainingReferences()
+    validation = references.validation.labelled() if references.validation else None
     for part in (labelled, validation):
         if part and int(part.label_indices_L.max()) >= model.decoder.out_features:
             raise ValueError(f"tag {part.label_indices_L.max()} in a decoder of {model.decoder.out_features} tags")
     with deterministic(config.num_threads, device):
-        training = _Training(model, labelled, config, seed, device, validation, sinks)
+        training = _Training(model, labelled, config, seed, device, replace(references, validation=validation), sinks)
         if len(labelled):
             training.run()
     model.eval()
@@ -170,7 +182,7 @@ class _Training:
     config: TrainingConfig
     seed: int
     device: torch.device
-    validation: ExampleSet | None
+    references: TrainingReferences
     sinks: TrainingSinks
     state: _State = field(default_factory=_State)
     unfetched: list[Tensor] = field(default_factory=list)
@@ -197,13 +209,16 @@ class _Training:
         """Do the steps that the latest checkpoint has not done."""
         checkpoints = self.sinks.checkpoints
         facts = [self.config.identity(), self.seed, self.total_steps, self.examples.budget]
-        self.digest = training_digest(self.model, self.examples, facts) if checkpoints else ""
+        teacher = self.references.teacher
+        network = None if teacher is None else teacher.network
+        self.digest = training_digest(self.model, self.examples, facts, network) if checkpoints else ""
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = build_optimizer(self.model, self.config)
         self.average = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay is not None else None
         loss = build_loss(self.config, self.examples, self.model.decoder.out_features, self.seed, self.device)
-        self.stepper = Stepper(self.model, self.optimizer, self.average, loss, self.config, self.seed, self.device)
+        teacher = None if teacher is None else teacher.on(self.device)
+        self.stepper = Stepper(self.model, self.optimizer, self.average, loss, self.config, self.seed, self.device, teacher)
         self.start = take_snapshot(self.model, self.optimizer, self.average)
         self.best = BestWeights()
         with ExitStack() as stack:
@@ -278,9 +293,9 @@ class _Training:
         if any(asked is not None for asked in asked_for):
             samples = int(self.schedule.samples_E[epoch - 1])
             self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
-        if self.validation:
+        if self.references.validation:
             with self.average.in_use() if self.average is not None else nullcontext():
-                scores = validate(self.model, self.validation, self.config.batch_size, self.device, self.config.loss)
+                scores = validate(self.model, self.references.validation, self.config.batch_size, self.device, self.config.loss)
                 if not math.isfinite(scores.loss):
                     where = f"after step {state.step} of {self.total_steps}, the end of epoch {epoch}"
                     raise LossLostError(state.step, f"the validation loss became {scores.loss} {where}")

@@ -38,6 +38,7 @@ IDENTITY = """
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction
     experts.accumulate experts.optimizer experts.schedule experts.beta2 experts.max_grad_norm experts.ema_decay
+    experts.decoder experts.distill.weight experts.distill.temperature
     experts.budget experts.loss experts.class_weights experts.label_smoothing experts.early_stop experts.keep
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
@@ -56,6 +57,9 @@ ADDED = {
     "partition.components": None,
     "partition.spherical": False,
     "experts.budget": "epochs",
+    "experts.decoder": "own",
+    "experts.distill.weight": 0.0,
+    "experts.distill.temperature": 1.0,
     **{
         f"{section}.{key}": default
         for section in ("trunk", "experts")
@@ -144,7 +148,7 @@ def test_sections_that_came_later_are_off_until_something_in_them_is_set() -> No
     sections = _sections()
     later = [(section, name) for section in sections.values() for name in section.added_fields()]
     nested = [section.model_fields[name] for section, name in later if isinstance(section.model_fields[name].default, Config)]
-    assert len(nested) == 2
+    assert len(nested) == 3
     for field in nested:
         assert field.default == field.annotation()
         assert field.default.identity() == {}

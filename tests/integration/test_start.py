@@ -1,0 +1,91 @@
+"""Where experts start and what of the trunk they keep, over whole runs of the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from support import PREPARATION, copied_run, invoke, payload, refusal, run_here
+
+EVERYTHING = (
+    "experts.decoder=fixed",
+    "experts.distill={weight: 0.5, temperature: 2.0}",
+    "experts.early_stop=1",
+    "experts.keep=best",
+    "experts.epochs=4",
+)
+"""All that the K = 1 theorem must survive at once."""
+
+
+def sets(*changes: str) -> list[str]:
+    """`--set` before each."""
+    return [word for change in changes for word in ("--set", change)]
+
+
+def weights(artifact: Path) -> dict[str, torch.Tensor]:
+    """A network's tensors, also where it was taken over from another root."""
+    reused = json.loads((artifact / "artifact.json").read_bytes()).get("reused_from")
+    return safetensors.torch.load_file((Path(reused) if reused else artifact) / "model.safetensors")
+
+
+@pytest.fixture
+def prepared(finished: Path, tmp_path: Path) -> Path:
+    """The small run up to its partition; returns its root."""
+    return copied_run(finished, tmp_path, keep=PREPARATION)
+
+
+def test_fixed_decoder_is_the_trunks_to_the_bit_and_the_rest_moves(prepared: Path, tmp_path: Path) -> None:
+    run_here(tmp_path, "train-experts", "--only", "expert-0001", *sets("experts.decoder=fixed"))
+    expert, trunk = weights(prepared / "experts/expert-0001"), weights(prepared / "trunk")
+    same = {name for name in trunk if torch.equal(expert[name], trunk[name])}
+    assert {name for name in same if "decoder" in name} == {"decoder.weight", "decoder.bias"}
+    assert not any(name.endswith("conv1.weight") for name in same)
+    told = payload(prepared, "experts/expert-0001")
+    decoder = trunk["decoder.weight"].numel() + trunk["decoder.bias"].numel()
+    assert told["trained_parameters"] == told["parameters"] - decoder
+
+
+def test_fixed_decoder_holds_for_a_random_start_too(prepared: Path, tmp_path: Path) -> None:
+    run_here(tmp_path, "train-experts", "--only", "expert-0001", *sets("experts.decoder=fixed", "experts.init=random"))
+    expert, trunk = weights(prepared / "experts/expert-0001"), weights(prepared / "trunk")
+    assert torch.equal(expert["decoder.weight"], trunk["decoder.weight"])
+    assert not torch.equal(expert["backbone.network.stem.0.weight"], trunk["backbone.network.stem.0.weight"])
+
+
+def test_fixed_decoder_of_another_width_is_refused_before_anything_is_built(prepared: Path, tmp_path: Path) -> None:
+    changes = sets("experts.decoder=fixed", "experts.init=random", "experts.backbone=quicknet_w6")
+    said = refusal(invoke(tmp_path, "train-experts", "--backend", "inline", *changes))
+    assert said == (
+        "experts.decoder is 'fixed', but 'quicknet_w6' has features of width 48, where the trunk's decoder reads 32; "
+        "choose an experts.backbone of that width, or set experts.decoder: own"
+    )
+    assert not (prepared / "experts").exists()
+
+
+def test_a_single_expert_is_the_dense_baseline_whatever_it_starts_from_and_learns_from(
+    root_of_one_expert: Path, tmp_path: Path
+) -> None:
+    root = copied_run(root_of_one_expert.parents[1], tmp_path, keep=PREPARATION)
+    run_here(tmp_path, "evaluate", *sets(*EVERYTHING))
+    expert, dense = root / "experts/expert-0000", root / "baselines/dense"
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (expert / name).read_bytes() == (dense / name).read_bytes(), name
+    told = payload(root, "experts/expert-0000")
+    assert told["selection"] == payload(root, "baselines/dense")["selection"]
+    assert told["selection"]["planned_steps"] >= told["steps"] >= told["selection"]["kept_step"]
+    results = json.loads((root / "evaluation/metrics.json").read_text())["systems"]
+    assert results["mixture"] == results["dense_refit"]
+
+
+def test_unequal_costs_after_early_stops_are_said(prepared: Path, tmp_path: Path) -> None:
+    changes = sets("experts.early_stop=1", "experts.epochs=8", "evaluation.map_replicates=2")
+    result = invoke(tmp_path, "evaluate", "--backend", "inline", *changes)
+    assert result.returncode == 0, result.stderr
+    experts = [payload(prepared, f"experts/expert-{expert:04d}") for expert in range(3)]
+    dense = payload(prepared, "baselines/dense")
+    seen = sum(told["examples_seen"] for told in experts)
+    assert seen != dense["examples_seen"], "the stops came at equal cost by chance: the test shows nothing"
+    assert f"the experts were shown {seen:,} images together, the dense baseline {dense['examples_seen']:,}" in result.stdout
+    for told in (*experts, dense):
+        assert sum(told["samples_per_epoch"]) == told["examples_seen"]
