@@ -160,6 +160,8 @@ def _from_here(recipe: Recipe) -> Recipe:
             for key, place in places.items()
         }
         sections[name] = section.model_copy(update=absolute)
+    if recipe.experts.init_path is not None:
+        sections["experts"] = recipe.experts.model_copy(update={"init": _absolute(recipe.experts.init_path)})
     if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
         # The name of a dataset on a hub, and no path.
         sections["dataset"] = sections["dataset"].model_copy(update={"path": recipe.dataset.path})

@@ -1,9 +1,9 @@
 """What is looked at before anything is started: everything that would otherwise fail hours later, or not at all.
 
 A misspelt root in `reuse`, a root that was taken from and is gone, a backbone that does not exist or does not take images of
-this size, a unified space that is too wide, more principal directions than features have dimensions, a dataset with nothing to
-evaluate on. Rejected: leaving these to the stage that stumbles over them, which is after the ingestion of all images, or after
-the training of all experts.
+this size, a file of weights that is another network's, a unified space that is too wide, more principal directions than features
+have dimensions, a dataset with nothing to evaluate on. Rejected: leaving these to the stage that stumbles over them, which is
+after the ingestion of all images, or after the training of all experts.
 """
 
 from hardmoe.artifacts.record import RECORD_NAME, parse_record
@@ -44,6 +44,8 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
         width = _probed_width(recipe) if missing & {*_NETWORKS} else _trained_width(recipe, plan)
         if width is not None and recipe.decoder.dim is not None:
             _check_decoder(recipe.decoder.dim, width)
+    if "expert" in missing and recipe.experts.init_path is not None:
+        _check_weights(recipe, recipe.experts.init_path)
 
 
 def taken_over(recipe: Recipe, plan: Plan) -> dict[str, Artifact]:
@@ -113,6 +115,16 @@ def _probed_width(recipe: Recipe) -> int | None:
 
         check_decoder_fits(recipe.experts.backbone, width, trunk_width)
     return width
+
+
+def _check_weights(recipe: Recipe, place: str) -> None:
+    """Hold a file that experts start from against their network."""
+    from hardmoe.experts.start import check_file, expert_architecture
+    from hardmoe.training.network import Architecture
+
+    trunk = recipe.trunk
+    own = Architecture(trunk.backbone, trunk.stem, trunk.image_size, 1, trunk.decode)
+    check_file(place, expert_architecture(recipe.experts, own, 1))
 
 
 def _trained_width(recipe: Recipe, plan: Plan) -> int | None:

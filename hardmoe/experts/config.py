@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hardmoe.config import added, operational
+from hardmoe.config import Json, added, operational
 from hardmoe.training.config import DistillConfig, Gpus, TrainingConfig
 
 
@@ -15,8 +15,9 @@ class ExpertsConfig(TrainingConfig):
     """As `trunk.backbone`; null for the trunk's own."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """As `trunk.stem`; the trunk's own where `backbone` is null."""
-    init: Literal["trunk", "random"] = "trunk"
-    """Where an expert starts: from the trunk's weights, or from fresh ones."""
+    init: str = "trunk"
+    """Where an expert starts: `trunk`, from the trunk's weights; `random`, from fresh ones; or the path or URI of a file of
+    weights, `….safetensors`, of the same network, which bears identity by its content."""
     learning_rate: float = Field(0.05, gt=0)
     """Peak learning rate for a batch of 256; half the trunk's default, since the experts start from a trained network."""
     budget: Literal["epochs", "examples"] = added("epochs")
@@ -30,6 +31,28 @@ class ExpertsConfig(TrainingConfig):
     """Learning from the trunk's outputs as well."""
     gpus: Gpus = operational("auto")
     """GPUs per expert; a fraction packs several onto one; `auto` takes one where there are any, else none."""
+
+    @property
+    def init_path(self) -> str | None:
+        """The file of weights that experts start from; None if it is none."""
+        return None if self.init in ("trunk", "random") else self.init
+
+    def identity(self) -> dict[str, Json]:
+        """As every section's, but for the place of a file of weights, whose content's digest the stage adds."""
+        return super().identity() | ({"init": "file"} if self.init_path else {})
+
+    def operational_values(self) -> dict[str, Json]:
+        """As every section's, and the place of a file of weights."""
+        return super().operational_values() | ({"init": self.init} if self.init_path else {})
+
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> Self:
+        if self.init_path is not None and not self.init_path.partition("?")[0].endswith(".safetensors"):
+            raise ValueError(
+                f"init: '{self.init}' is neither trunk nor random nor a file of weights; correct the word, or give a file "
+                "that ends in .safetensors"
+            )
+        return self
 
     @model_validator(mode="after")
     def _budget_counts_each_example_once(self) -> Self:

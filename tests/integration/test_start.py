@@ -1,12 +1,15 @@
 """Where experts start and what of the trunk they keep, over whole runs of the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from support import PREPARATION, copied_run, invoke, payload, refusal, run_here
+
+from hardmoe.models.backbones import build_backbone
 
 EVERYTHING = (
     "experts.decoder=fixed",
@@ -89,3 +92,48 @@ def test_unequal_costs_after_early_stops_are_said(prepared: Path, tmp_path: Path
     assert f"the experts were shown {seen:,} images together, the dense baseline {dense['examples_seen']:,}" in result.stdout
     for told in (*experts, dense):
         assert sum(told["samples_per_epoch"]) == told["examples_seen"]
+
+
+def test_start_from_the_trunks_own_file_is_the_start_from_the_trunk(prepared: Path, root: Path, tmp_path: Path) -> None:
+    """The file counts by its content: moved and renamed it is the same, and its going does not matter to what is finished."""
+    (tmp_path / "w").mkdir()
+    shutil.copy(prepared / "trunk/model.safetensors", tmp_path / "w/first.safetensors")
+    run_here(tmp_path, "train-experts", "--only", "expert-0001", *sets("experts.init=w/first.safetensors"))
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (prepared / "experts/expert-0001" / name).read_bytes() == (root / "experts/expert-0001" / name).read_bytes()
+    before = (prepared / "experts/expert-0001/artifact.json").read_bytes()
+    (tmp_path / "w/first.safetensors").rename(tmp_path / "w/second.safetensors")
+    for place in ("w/second.safetensors", "w/gone.safetensors"):
+        run_here(tmp_path, "train-experts", "--only", "expert-0001", *sets(f"experts.init={place}"))
+    assert (prepared / "experts/expert-0001/artifact.json").read_bytes() == before
+    (tmp_path / "w/second.safetensors").write_bytes(safetensors.torch.save({"x": torch.ones(1)}))
+    changed = ("train-experts", "--only", "expert-0001", "--backend", "inline", *sets("experts.init=w/second.safetensors"))
+    assert "was built from another recipe (start.sha256: " in refusal(invoke(tmp_path, *changed))
+
+
+def test_larger_backbone_starts_from_a_file_of_its_own(prepared: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build_backbone("resnet20_w8", image_size=16, seed=9).network
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "large.safetensors")
+    changes = sets("experts.backbone=resnet20_w8", "experts.init=large.safetensors", "experts.learning_rate=1.0e-12")
+    run_here(tmp_path, "train-experts", "--only", "expert-0000", *changes)
+    trained = weights(prepared / "experts/expert-0000")
+    for name, tensor in network.named_parameters():
+        torch.testing.assert_close(trained[f"backbone.network.{name}"], tensor.detach(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("init", "remedy"),
+    [
+        ("trnk", "correct the word, or give a file that ends in .safetensors"),
+        ("weights.pt", "give a file that ends in .safetensors"),
+        ("nowhere.safetensors", "experts.init"),
+        ("other.safetensors", "stem.0.weight has the shape [6, 3, 3, 3] and not [4, 3, 3, 3]"),
+    ],
+)
+def test_start_that_cannot_be_is_refused_before_anything_is_built(prepared: Path, tmp_path: Path, init: str, remedy: str) -> None:
+    other = build_backbone("quicknet_w6", image_size=16, seed=9).network
+    safetensors.torch.save_file(other.state_dict(), tmp_path / "other.safetensors")
+    said = refusal(invoke(tmp_path, "train-experts", "--backend", "inline", *sets(f"experts.init={init}")))
+    assert remedy in said
+    assert not list((prepared / "experts").glob("*/model.safetensors"))
