@@ -44,6 +44,11 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
         width = _probed_width(recipe) if missing & {*_NETWORKS} else _trained_width(recipe, plan)
         if width is not None and recipe.decoder.dim is not None:
             _check_decoder(recipe.decoder.dim, width)
+    if missing & {*_NETWORKS} and recipe.experts.shared_stage is not None:
+        from hardmoe.models.probe import check_branch
+
+        trunk = recipe.trunk
+        check_branch(trunk.backbone, recipe.experts.shared_stage, image_size=trunk.image_size, stem=trunk.stem)
     if "expert" in missing and recipe.experts.init_path is not None:
         _check_weights(recipe, recipe.experts.init_path)
 

@@ -24,6 +24,10 @@ class ExpertsConfig(TrainingConfig):
     """What experts of unequal parts have alike: `epochs`, so that one with a larger part trains longer; or `examples`, so that
     each is shown `epochs` times the mean part and one with a smaller part sees each image more often. All experts together, and
     the dense baseline, are shown `epochs` times all images either way."""
+    branch_at: str = added("image", min_length=1)
+    """Where an expert leaves the trunk: at the `image`, as a whole network of its own; or behind a stage of a residual network,
+    `stem`, `layer1`, `layer2` and so on, up to which it stays the trunk. An image then costs the shared stages once, for gate and
+    expert together. Needs `init: trunk`."""
     decoder: Literal["own", "fixed"] = added("own")
     """What an expert decodes with while it trains: a decoder of its own, which moves with it; or the trunk's, held `fixed`, so
     that the features of all experts mean the same by construction. `fixed` needs features as wide as the trunk's."""
@@ -53,6 +57,21 @@ class ExpertsConfig(TrainingConfig):
                 "that ends in .safetensors"
             )
         return self
+
+    @model_validator(mode="after")
+    def _branches_off_the_trunk(self) -> Self:
+        if self.branch_at != "image" and (self.init != "trunk" or self.backbone is not None):
+            other = f"init: {self.init}" if self.init != "trunk" else f"backbone: {self.backbone}"
+            raise ValueError(
+                f"branch_at: {self.branch_at} keeps the trunk's first stages, which {other} does not start with; "
+                "set init: trunk and backbone: null, or branch_at: image"
+            )
+        return self
+
+    @property
+    def shared_stage(self) -> str | None:
+        """The stage up to which experts are the trunk; None if they have nothing in common."""
+        return None if self.branch_at == "image" else self.branch_at
 
     @model_validator(mode="after")
     def _budget_counts_each_example_once(self) -> Self:

@@ -44,11 +44,11 @@ def start_of(config: ExpertsConfig, architecture: Architecture, trunk: InputArti
     elif config.init_path is not None:
         weights = _from_file(config.init_path, architecture, origin)
     if config.decoder == "own":
-        return Start(weights)
+        return Start(weights, holds_until=config.shared_stage)
     width = build_network(architecture, seed=0).backbone.num_features
     check_decoder_fits(architecture.backbone, width, trunk.payload["num_features"])
     decoder = {name: tensor for name, tensor in load_weights(trunk).items() if name.startswith("decoder.")}
-    return Start({**weights, **decoder}, holds_decoder=True)
+    return Start({**weights, **decoder}, holds_decoder=True, holds_until=config.shared_stage)
 
 
 def _from_file(place: str, architecture: Architecture, origin: Json) -> dict[str, Tensor]:

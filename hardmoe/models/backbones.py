@@ -20,6 +20,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,21 @@ class Backbone(nn.Module):
         super().__init__()
         self.network = network
         self.num_features = num_features
+        # A tuple, so that modules which are in the network already are not registered once more.
+        self._held: tuple[nn.Module, ...] = ()
+
+    def hold(self, module: nn.Module) -> None:
+        """Keep a piece of the network as it is: its parameters get no gradient, its normalisation layers gather no statistics."""
+        module.requires_grad_(False)
+        self._held = (*self._held, module)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but what is held stays in evaluation mode."""
+        super().train(mode)
+        for module in self._held:
+            module.eval()
+        return self
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Pooled features, float [B, D], of images that went through `normalise_images`."""

@@ -23,6 +23,7 @@ from hardmoe.data.loader import EncodedBatch, ExampleSet
 from hardmoe.data.reading import example_shards, labels_of, num_trained_on, read_examples, training_shards
 from hardmoe.errors import CorruptFileError
 from hardmoe.models.backbones import TagClassifier, build_backbone
+from hardmoe.models.branching import split
 from hardmoe.stage import InputArtifact, UnitContext
 from hardmoe.tables import ids_to_array
 from hardmoe.training.checkpoint import Checkpoints
@@ -61,6 +62,8 @@ class Start:
     """By their names in a `TagClassifier`; whatever has none begins fresh."""
     holds_decoder: bool = False
     """Whether the decoder stays as it begins."""
+    holds_until: str | None = None
+    """The stage up to which, and with it, the backbone stays as it begins; None for none."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def starting_network(job: NetworkJob, examples: ExampleSet) -> TagClassifier:
     if job.config.loss == "sigmoid" and "decoder.bias" not in job.start.weights and len(examples):
         start_from_shares(model.decoder, examples)
     model.decoder.requires_grad_(not job.start.holds_decoder)
+    if job.start.holds_until is not None:
+        model.backbone.hold(split(model.backbone, job.start.holds_until, job.architecture.backbone).shared)
     return model
 
 

@@ -4,11 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
 from support import PREPARATION, copied_run, invoke, payload, refusal, run_here
 
+from hardmoe.mixture import Mixture
 from hardmoe.models.backbones import build_backbone
 
 EVERYTHING = (
@@ -137,3 +140,62 @@ def test_start_that_cannot_be_is_refused_before_anything_is_built(prepared: Path
     said = refusal(invoke(tmp_path, "train-experts", "--backend", "inline", *sets(f"experts.init={init}")))
     assert remedy in said
     assert not list((prepared / "experts").glob("*/model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def branched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run with experts that branch off behind a stage; returns its root."""
+    directory = tmp_path_factory.mktemp("branched")
+    root = copied_run(finished, directory, keep=PREPARATION)
+    run_here(directory, "evaluate", *sets("experts.branch_at=layer2", "evaluation.map_replicates=2"))
+    return root
+
+
+def test_experts_that_branch_off_are_the_trunk_up_to_there(branched: Path) -> None:
+    trunk = weights(branched / "trunk")
+    shared = {name for name in trunk if name.startswith(tuple(f"backbone.network.{n}" for n in ("stem", "blocks.0", "blocks.1")))}
+    for expert in ("experts/expert-0000", "experts/expert-0002", "baselines/dense"):
+        own = weights(branched / expert)
+        assert {name for name in trunk if torch.equal(own[name], trunk[name])} == shared
+        parameters = sum(tensor.numel() for name, tensor in trunk.items() if name in shared and "running" not in name)
+        counters = sum(name.endswith("num_batches_tracked") for name in shared)
+        told = payload(branched, expert)
+        assert told["trained_parameters"] == told["parameters"] - parameters + counters
+
+
+def test_image_passes_the_shared_stages_once_and_comes_out_as_it_was_stored(branched: Path) -> None:
+    mixture = Mixture.load(str(branched))
+    rows = [row for path in sorted(branched.glob("dataset/split=test/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    images = [row["image"] for row in rows]
+    stored = {
+        row["example_id"]: (row["expert"], row["embedding"])
+        for path in branched.glob("embeddings/split=test/*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
+    seen: list[int] = []
+    stem = mixture._trunk.backbone.network.get_submodule("stem")
+    stem.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    found = mixture.embed(images)
+    assert len(seen) == -(-len(images) // seen[0]), "one pass of the shared stages for each batch, and no more"
+    for expert in mixture._experts.values():
+        expert.backbone.network.get_submodule("stem").register_forward_hook(lambda *_: pytest.fail("an expert ran its own stem"))
+    assert np.array_equal(mixture.embed(images), found)
+    experts = torch.tensor([stored[row["example_id"]][0] for row in rows])
+    embeddings = torch.tensor(np.array([stored[row["example_id"]][1] for row in rows], np.float32))
+    with torch.inference_mode():
+        assert np.array_equal(mixture.decoder.align(embeddings, experts).numpy(), found)
+    assert [each.expert for each in mixture.predict(images[:5])] == experts[:5].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["experts.branch_at=layer4"], "it can branch at image, stem, layer1, layer2, layer3"),
+        (["experts.branch_at=layer2", "experts.init=random"], "set init: trunk and backbone: null, or branch_at: image"),
+    ],
+)
+def test_branch_that_cannot_be_is_refused_before_anything_is_built(
+    prepared: Path, tmp_path: Path, changes: list[str], said: str
+) -> None:
+    assert said in refusal(invoke(tmp_path, "train-experts", "--backend", "inline", *sets(*changes)))
+    assert not (prepared / "experts").exists()

@@ -38,7 +38,7 @@ IDENTITY = """
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction
     experts.accumulate experts.optimizer experts.schedule experts.beta2 experts.max_grad_norm experts.ema_decay
-    experts.decoder experts.distill.weight experts.distill.temperature
+    experts.branch_at experts.decoder experts.distill.weight experts.distill.temperature
     experts.budget experts.loss experts.class_weights experts.label_smoothing experts.early_stop experts.keep
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
@@ -57,6 +57,7 @@ ADDED = {
     "partition.components": None,
     "partition.spherical": False,
     "experts.budget": "epochs",
+    "experts.branch_at": "image",
     "experts.decoder": "own",
     "experts.distill.weight": 0.0,
     "experts.distill.temperature": 1.0,
