@@ -162,6 +162,8 @@ def _from_here(recipe: Recipe) -> Recipe:
         sections[name] = section.model_copy(update=absolute)
     if recipe.experts.init_path is not None:
         sections["experts"] = recipe.experts.model_copy(update={"init": _absolute(recipe.experts.init_path)})
+    if recipe.experts.init_root is not None:
+        sections["experts"] = recipe.experts.model_copy(update={"init": f"run:{_absolute(recipe.experts.init_root)}"})
     if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
         # The name of a dataset on a hub, and no path.
         sections["dataset"] = sections["dataset"].model_copy(update={"path": recipe.dataset.path})

@@ -6,6 +6,7 @@ have dimensions, a dataset with nothing to evaluate on. Rejected: leaving these 
 after the ingestion of all images, or after the training of all experts.
 """
 
+from hardmoe.artifacts.other_run import OtherRun
 from hardmoe.artifacts.record import RECORD_NAME, parse_record
 from hardmoe.artifacts.store import Artifact, find_reusable
 from hardmoe.cli.common import RECIPE_FILE
@@ -49,8 +50,8 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
 
         trunk = recipe.trunk
         check_branch(trunk.backbone, recipe.experts.shared_stage, image_size=trunk.image_size, stem=trunk.stem)
-    if "expert" in missing and recipe.experts.init_path is not None:
-        _check_weights(recipe, recipe.experts.init_path)
+    if "expert" in missing and (recipe.experts.init_path or recipe.experts.init_root):
+        _check_start(recipe)
 
 
 def taken_over(recipe: Recipe, plan: Plan) -> dict[str, Artifact]:
@@ -122,14 +123,18 @@ def _probed_width(recipe: Recipe) -> int | None:
     return width
 
 
-def _check_weights(recipe: Recipe, place: str) -> None:
-    """Hold a file that experts start from against their network."""
-    from hardmoe.experts.start import check_file, expert_architecture
+def _check_start(recipe: Recipe) -> None:
+    """Hold a file or a run that experts start from against their network."""
+    from hardmoe.experts.start import check_file, check_run, expert_architecture
     from hardmoe.training.network import Architecture
 
-    trunk = recipe.trunk
+    trunk, experts = recipe.trunk, recipe.experts
     own = Architecture(trunk.backbone, trunk.stem, trunk.image_size, 1, trunk.decode)
-    check_file(place, expert_architecture(recipe.experts, own, 1))
+    architecture = expert_architecture(experts, own, 1)
+    if experts.init_path is not None:
+        check_file(experts.init_path, architecture)
+    elif experts.init_root is not None:
+        check_run(OtherRun.open(experts.init_root), experts, architecture)
 
 
 def _trained_width(recipe: Recipe, plan: Plan) -> int | None:

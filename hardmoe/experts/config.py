@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from hardmoe.config import Json, added, operational
 from hardmoe.training.config import DistillConfig, Gpus, TrainingConfig
 
+_RUN = "run:"
+
 
 class ExpertsConfig(TrainingConfig):
     """Every expert, and the dense baseline, is trained like this; an expert sees its part `epochs` times, or as `budget` says."""
@@ -16,8 +18,9 @@ class ExpertsConfig(TrainingConfig):
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """As `trunk.stem`; the trunk's own where `backbone` is null."""
     init: str = "trunk"
-    """Where an expert starts: `trunk`, from the trunk's weights; `random`, from fresh ones; or the path or URI of a file of
-    weights, `….safetensors`, of the same network, which bears identity by its content."""
+    """Where an expert starts: `trunk`, from the trunk's weights; `random`, from fresh ones; the path or URI of a file of
+    weights, `….safetensors`, of the same network, which bears identity by its content; or `run:ROOT`, from the one of that run's
+    experts which would get most of its images."""
     learning_rate: float = Field(0.05, gt=0)
     """Peak learning rate for a batch of 256; half the trunk's default, since the experts start from a trained network."""
     budget: Literal["epochs", "examples"] = added("epochs")
@@ -39,23 +42,31 @@ class ExpertsConfig(TrainingConfig):
     @property
     def init_path(self) -> str | None:
         """The file of weights that experts start from; None if it is none."""
-        return None if self.init in ("trunk", "random") else self.init
+        return None if self.init in ("trunk", "random") or self.init_root is not None else self.init
+
+    @property
+    def init_root(self) -> str | None:
+        """The run from whose experts they start; None if it is none."""
+        return self.init.removeprefix(_RUN) if self.init.startswith(_RUN) else None
 
     def identity(self) -> dict[str, Json]:
-        """As every section's, but for the place of a file of weights, whose content's digest the stage adds."""
-        return super().identity() | ({"init": "file"} if self.init_path else {})
+        """As every section's, but for the place of a file or a run, whose content's digest the stage adds."""
+        kind = {"init": "file"} if self.init_path is not None else {"init": "run"} if self.init_root is not None else {}
+        return super().identity() | kind
 
     def operational_values(self) -> dict[str, Json]:
-        """As every section's, and the place of a file of weights."""
-        return super().operational_values() | ({"init": self.init} if self.init_path else {})
+        """As every section's, and the place of a file or a run."""
+        return super().operational_values() | ({} if self.init in ("trunk", "random") else {"init": self.init})
 
     @model_validator(mode="after")
     def _starts_somewhere(self) -> Self:
         if self.init_path is not None and not self.init_path.partition("?")[0].endswith(".safetensors"):
             raise ValueError(
-                f"init: '{self.init}' is neither trunk nor random nor a file of weights; correct the word, or give a file "
-                "that ends in .safetensors"
+                f"init: '{self.init}' is neither trunk nor random nor run:ROOT nor a file of weights; correct the word, or give "
+                "a file that ends in .safetensors"
             )
+        if self.init_root == "":
+            raise ValueError("init: 'run:' names no run; give its root, as in run:runs/january")
         return self
 
     @model_validator(mode="after")

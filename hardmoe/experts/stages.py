@@ -11,6 +11,8 @@ EXTRA_COPIES = "extra_copies"
 """Role in which the dense baseline reads a partition whose experts train on copies of other parts' examples."""
 
 
+MATCHES = "matches"
+"""Role in which an expert reads which one of another run it starts from."""
 START = "start"
 """Key of a stage's config: the identity of what its network starts from, where that lies outside the root."""
 
@@ -33,7 +35,8 @@ def expert_stage(
         place: directory of the experts.
         start: the identity of what `experts.init` names outside the root; None where it names nothing.
     """
-    return _network_stage(f"{place}/{expert_name(expert)}", config, seed, expert, partition, start)
+    stage = _network_stage(f"{place}/{expert_name(expert)}", config, seed, expert, partition, start)
+    return stage if config.init_root is None else replace(stage, inputs={**stage.inputs, MATCHES: match_name(place)})
 
 
 def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None, start: Json = None) -> Stage:
@@ -49,6 +52,11 @@ def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None
     """
     stage = _network_stage("baselines/dense", config, seed, None, "dataset", start)
     return stage if overlapping is None else replace(stage, inputs={**stage.inputs, EXTRA_COPIES: overlapping})
+
+
+def match_name(place: str) -> str:
+    """The artifact that says which of another run's experts those in this directory start from: `experts` has `matches`."""
+    return f"{place.removesuffix('experts')}matches"
 
 
 def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | None, examples: str, start: Json) -> Stage:

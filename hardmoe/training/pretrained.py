@@ -1,4 +1,4 @@
-"""Weights from a file: which of its tensors belong to a network, and whether they fit it.
+"""Weights from elsewhere: which of a file's tensors belong to a network, and another run's in this run's vocabulary.
 
 A file is one that hardmoe wrote (`backbone.network.…` and `decoder.…`), or holds a network's own tensors under its own names, as
 torchvision, timm and most others write them. Every tensor of the backbone must be there; a head that the file has and the
@@ -8,19 +8,40 @@ which trains a half empty network without a word; and `.pt` files, which execute
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hardmoe.data.places import read_place
 from hardmoe.errors import DataError, RecipeError
 from hardmoe.models.backbones import TagClassifier
 
-_BACKBONE, _DECODER = "backbone.network.", "decoder."
+_BACKBONE, _WEIGHT, _BIAS = "backbone.network.", "decoder.weight", "decoder.bias"
 _COUNTER = "num_batches_tracked"
 """Batch normalisation's counter, which older files lack and no forward pass reads."""
+
+
+def translated_decoder(
+    weights: Mapping[str, Tensor], names: Sequence[str], fresh: nn.Linear, wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """A network's weights with its decoder in another vocabulary: rows of known hashtags where they belong, fresh ones for new.
+
+    Args:
+        weights: of a `TagClassifier`.
+        names: its hashtags, by index.
+        fresh: the decoder of the network that is to be.
+        wanted: that one's hashtags.
+    """
+    position = {name: index for index, name in enumerate(names)}
+    known = [(new, position[name]) for new, name in enumerate(wanted) if name in position]
+    weight, bias = fresh.weight.detach().clone(), torch.full_like(fresh.bias, float(weights[_BIAS].min()))
+    # A new hashtag begins as the rarest of the old ones: what nothing was said of yet is no likely answer.
+    for new, old in known:
+        weight[new], bias[new] = weights[_WEIGHT][old], weights[_BIAS][old]
+    return {**weights, _WEIGHT: weight, _BIAS: bias}
 
 
 def read_weights(place: str, key: str, sha256: str | None) -> dict[str, Tensor]:

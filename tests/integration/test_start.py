@@ -9,7 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from support import PREPARATION, copied_run, invoke, payload, refusal, run_here
+from support import (
+    PREPARATION,
+    copied_run,
+    invoke,
+    payload,
+    real_images,
+    records,
+    refusal,
+    run_here,
+    write_photos,
+    write_recipe,
+)
 
 from hardmoe.mixture import Mixture
 from hardmoe.models.backbones import build_backbone
@@ -199,3 +210,65 @@ def test_branch_that_cannot_be_is_refused_before_anything_is_built(
 ) -> None:
     assert said in refusal(invoke(tmp_path, "train-experts", "--backend", "inline", *sets(*changes)))
     assert not (prepared / "experts").exists()
+
+
+STILL = ("experts.learning_rate=1.0e-12", "experts.weight_decay=0", "experts.epochs=1")
+"""A training that leaves the weights where they start."""
+
+
+def test_part_starts_from_the_expert_to_which_its_images_went(prepared: Path, root: Path, tmp_path: Path) -> None:
+    """From the run that this one is a copy of: every image goes to its own part's expert; the dense baseline has its own."""
+    run_here(tmp_path, "evaluate", *sets(f"experts.init=run:{root}", "evaluation.map_replicates=2", *STILL))
+    told = payload(prepared, "matches")
+    sizes = payload(prepared, "partition")["sizes"]["train"]
+    assert told == {"experts": [0, 1, 2], "images": np.diag(sizes).tolist()}
+    for name in ("experts/expert-0002", "baselines/dense"):
+        start, trained = weights(root / name), weights(prepared / name)
+        for key in ("backbone.network.blocks.2.conv1.weight", "decoder.weight", "decoder.bias"):
+            torch.testing.assert_close(trained[key], start[key], atol=1e-6, rtol=0)
+        assert not torch.equal(start["decoder.weight"], weights(root / "trunk")["decoder.weight"])
+
+
+def test_refreshed_images_and_hashtags_start_from_the_earlier_runs_experts(root: Path, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", real_images(700)[1::2])
+    write_recipe(tmp_path, hashtags={"min_count": 8}, partition={"experts": 2})
+    run_here(tmp_path, "train-experts", *sets(f"experts.init=run:{root}", "evaluation.dense_baseline=false", *STILL))
+    here = tmp_path / "runs" / "small"
+    told, sizes = payload(here, "matches"), payload(here, "partition")["sizes"]["train"]
+    assert [sum(row) for row in told["images"]] == sizes
+    assert told["experts"] == [int(np.argmax(row)) for row in told["images"]]
+    names = [pq.read_table(each / "vocabulary/tags.parquet").column("tag").to_pylist() for each in (root, here)]
+    assert names[0] != names[1]
+    trained, start = weights(here / "experts/expert-0001"), weights(root / f"experts/expert-{told['experts'][1]:04d}")
+    torch.testing.assert_close(
+        trained["backbone.network.stem.0.weight"], start["backbone.network.stem.0.weight"], atol=1e-6, rtol=0
+    )
+    common = [(names[1].index(name), old) for old, name in enumerate(names[0]) if name in names[1]]
+    assert common
+    new, old = (list(rows) for rows in zip(*common, strict=True))
+    torch.testing.assert_close(trained["decoder.weight"][new], start["decoder.weight"][old], atol=1e-6, rtol=0)
+
+
+def test_run_from_which_nothing_can_start_is_refused_before_anything_is_built(prepared: Path, root: Path, tmp_path: Path) -> None:
+    def said(*changes: str) -> str:
+        return refusal(invoke(tmp_path, "evaluate", "--backend", "inline", *sets(*changes)))
+
+    assert "there is no run in" in said("experts.init=run:nowhere")
+    assert "'run:' names no run" in said("experts.init='run:'")
+    assert "finish it, or name another" in said(f"experts.init=run:{prepared}")
+    other = "set experts.backbone and trunk.image_size to theirs"
+    assert other in said(f"experts.init=run:{root}", "experts.backbone=quicknet_w6")
+    assert "set experts.loss: softmax" in said(f"experts.init=run:{root}", "experts.loss=sigmoid")
+    shutil.copytree(root, tmp_path / "without", ignore=shutil.ignore_patterns("baselines"))
+    assert "has no dense baseline for this run's to start from" in said(f"experts.init=run:{tmp_path / 'without'}")
+    assert not (prepared / "experts").exists()
+
+
+def test_finished_run_outlives_the_run_it_started_from(prepared: Path, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "earlier")
+    arguments = ("train-experts", "--only", "expert-0001", *sets(f"experts.init=run:{tmp_path / 'earlier'}", *STILL))
+    run_here(tmp_path, *arguments)
+    before = records(prepared)
+    shutil.rmtree(tmp_path / "earlier")
+    run_here(tmp_path, *arguments)
+    assert records(prepared) == before

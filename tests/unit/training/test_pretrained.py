@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hardmoe.errors import DataError, RecipeError
 from hardmoe.models.backbones import TagClassifier, build_backbone, normalise_images
-from hardmoe.training.pretrained import fitting_weights, read_weights
+from hardmoe.training.pretrained import fitting_weights, read_weights, translated_decoder
 
 
 def make_model(name: str = "quicknet_w4", num_tags: int = 6, seed: int = 1, stem: str = "auto") -> TagClassifier:
@@ -85,3 +85,17 @@ def test_file_is_read_only_as_it_was_planned(tmp_path: Path) -> None:
         read_weights(str(path), "experts.init", None)
     with pytest.raises(DataError, match=r"nowhere\.safetensors cannot be read .*; correct experts\.init"):
         read_weights(str(tmp_path / "nowhere.safetensors"), "experts.init", None)
+
+
+def test_decoder_is_translated_hashtag_by_hashtag() -> None:
+    weights = {
+        "decoder.weight": torch.arange(6.0).reshape(3, 2),
+        "decoder.bias": torch.tensor([0.5, -2.0, 1.0]),
+        "x": torch.ones(1),
+    }
+    fresh = torch.nn.Linear(2, 4)
+    found = translated_decoder(weights, ["cat", "dog", "sun"], fresh, ["sun", "moon", "cat", "tree"])
+    assert found["decoder.weight"][[0, 2]].tolist() == [[4, 5], [0, 1]]
+    assert torch.equal(found["decoder.weight"][[1, 3]], fresh.weight[[1, 3]])
+    assert found["decoder.bias"].tolist() == [1.0, -2.0, 0.5, -2.0], "new hashtags begin as the rarest"
+    assert torch.equal(found["x"], weights["x"])
