@@ -65,7 +65,7 @@ class DistillConfig(Config):
 
     weight: float = added(0.0, ge=0, le=1)
     """Share of the loss that is the distance to the trunk's outputs on the same augmented images; the hashtags have the rest. A
-    step then costs a forward pass of the trunk more, a quarter to a third where both are of one size; 0 for none."""
+    step then costs a forward pass of the trunk more, a quarter of itself where both are of one size; 0 for none."""
 
     temperature: float = added(1.0, gt=0, le=100)
     """What both networks' outputs are divided by before they are compared; above 1 the trunk's second thoughts count more."""

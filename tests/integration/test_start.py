@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from s3 import Store
 from support import (
     PREPARATION,
     copied_run,
@@ -24,6 +25,7 @@ from support import (
 
 from hardmoe.mixture import Mixture
 from hardmoe.models.backbones import build_backbone
+from hardmoe.storage import open_storage
 
 EVERYTHING = (
     "experts.decoder=fixed",
@@ -272,3 +274,18 @@ def test_finished_run_outlives_the_run_it_started_from(prepared: Path, root: Pat
     shutil.rmtree(tmp_path / "earlier")
     run_here(tmp_path, *arguments)
     assert records(prepared) == before
+
+
+def test_start_from_a_file_in_a_bucket_is_the_start_from_that_file(
+    prepared: Path, root: Path, tmp_path: Path, s3_store: Store
+) -> None:
+    uri = s3_store.root("weights")
+    folder, _, options = uri.partition("?")
+    open_storage(uri).write_bytes("first.safetensors", (prepared / "trunk/model.safetensors").read_bytes())
+    place = f"{folder}/first.safetensors?{options}"
+    run_here(tmp_path, "train-experts", "--only", "expert-0001", *sets(f"experts.init={place}"))
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (prepared / "experts/expert-0001" / name).read_bytes() == (root / "experts/expert-0001" / name).read_bytes()
+    recorded = (prepared / "experts/expert-0001/artifact.json").read_text()
+    assert "etag:" in recorded
+    assert "s3://" not in recorded, "where the file lies bears no identity"

@@ -180,7 +180,7 @@ def test_written_recipe_is_the_default_recipe(tmp_path: Path) -> None:
 
 def _collect(project: Path, recipe: Path) -> None:
     """Put a small collection where the recipe looks for its large one; `photos/` is there already."""
-    if recipe.name == "icons390k.yaml":
+    if recipe.name in ("icons390k.yaml", "experts_study.yaml"):
         write_package(project / "data" / "iconify" / "package", {"s": {"icons": {"half": {"body": LEFT_HALF}}}})
     elif recipe.name == "yfcc100m.yaml":
         write_yfcc(project / "data" / "yfcc100m", project / "images", num_images=3)
