@@ -26,7 +26,7 @@ class ExpertsConfig(TrainingConfig):
     budget: Literal["epochs", "examples"] = added("epochs")
     """What experts of unequal parts have alike: `epochs`, so that one with a larger part trains longer; or `examples`, so that
     each is shown `epochs` times the mean part and one with a smaller part sees each image more often. All experts together, and
-    the dense baseline, are shown `epochs` times all images either way."""
+    the dense baseline, are shown `epochs` times all images either way, unless `early_stop` ends some of them sooner."""
     branch_at: str = added("image", min_length=1)
     """Where an expert leaves the trunk: at the `image`, as a whole network of its own; or behind a stage of a residual network,
     `stem`, `layer1`, `layer2` and so on, up to which it stays the trunk. An image then costs the shared stages once, for gate and

@@ -188,6 +188,23 @@ def test_part_without_validation_images_is_trained_to_the_end(tmp_path: Path) ->
     assert same_bits(model.state_dict(), with_weights_after(6))
 
 
+@pytest.mark.parametrize("every", [2, None])
+def test_best_weights_of_a_way_that_was_given_up_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    """The first pass is best after its second epoch and loses its loss after the third; the next, at half the rate, is worse."""
+    torch.set_num_threads(1)
+    answers = iter([(0.3, 1.0), (0.99, 1.0), (0.1, float("nan")), *((score, 1.0) for score in SCORES)])
+    monkeypatch.setattr(loop, "validate", lambda *_: ValidationScores(*next(answers)))
+    config = CONFIG.model_copy(update={"warmup_fraction": 0.0, "checkpoint_every_steps": every})
+    result, weights, _ = attempt(tmp_path, config)
+    assert result.divergence is not None
+    assert result.validation_precision_at_1 == 0.5
+    assert result.selection == Selection(24, stopped_early=True, kept_step=8)
+    monkeypatch.setattr(loop, "validate", lambda *_: ValidationScores(0.5, 1.0))
+    assert same_bits(weights, with_weights_after(2, warmup_fraction=0.0, learning_rate=0.5))
+
+
 @pytest.mark.parametrize("section", ["trunk", "experts"])
 @pytest.mark.parametrize("change", [{"early_stop": 2}, {"keep": "best"}])
 def test_choosing_by_validation_images_is_refused_where_there_are_none(section: str, change: dict[str, Any]) -> None:
