@@ -1,10 +1,12 @@
 """A finished run as one object: route an image, embed it by its expert, align, decode.
 
-An image costs one pass of the trunk and one of its expert, however many experts there are. Experts are loaded when the first
+An image costs one pass of the trunk and one of its expert, however many experts there are; where experts branch off the trunk
+(`experts.branch_at`), one of the stages that they share and two of the short rests. Experts are loaded when the first
 image is routed to them. What comes out is what the evaluation measured: features and embeddings pass through float16 here as
 they do on disk, so an image is sent to the same expert in use as in training.
 
-Shape letters: N images, S side in pixels, D trunk features, Z unified dims, V tags.
+Shape letters: N images, n some of them, S side in pixels, C channels of a map, H and W its sides, D features, Z unified dims,
+V tags.
 """
 
 from collections.abc import Sequence
@@ -22,11 +24,12 @@ from hardmoe.data.reading import tag_names
 from hardmoe.errors import DataError
 from hardmoe.experts.stages import expert_name
 from hardmoe.models.backbones import TagClassifier
+from hardmoe.models.branching import split
 from hardmoe.models.shared_decoder import SharedDecoder, load_shared_decoder
 from hardmoe.partitioning.regroup import load_router
 from hardmoe.partitioning.router import Router
 from hardmoe.storage import open_storage
-from hardmoe.training.inference import predict_features
+from hardmoe.training.inference import predict_features, predict_from_maps
 from hardmoe.training.network import architecture_of, load_network
 from hardmoe.training.staging import inference_batch_size
 
@@ -41,6 +44,19 @@ class Prediction:
     """Which expert answered."""
     tags: list[str]
     probabilities: list[float]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Images on their way through the mixture."""
+
+    image_size: int
+    pixels_N3SS: NDArray[np.uint8]
+    maps_NCHW: torch.Tensor | None = None
+    """What the stages that all networks share make of them; None where they share none."""
+
+    def __len__(self) -> int:
+        return len(self.pixels_N3SS)
 
 
 class Mixture:
@@ -59,6 +75,7 @@ class Mixture:
         self.image_size = architecture.image_size
         """S: images are resized (shorter side, then centre crop) to so many pixels."""
         self._trunk = load_network(trunk)
+        self._backbone_name = architecture.backbone
 
     @classmethod
     def load(cls, root: str) -> "Mixture":
@@ -100,9 +117,16 @@ class Mixture:
         """The vocabulary, by index."""
         return tag_names(self._store.get("vocabulary"))
 
+    @cached_property
+    def shared_stage(self) -> str | None:
+        """The stage up to which the experts are the trunk, which an image passes once; None if they share nothing."""
+        # A record holds what differs from the default, which is the image.
+        stage: str | None = self._store.get(f"experts/{expert_name(0)}").record.config["experts"].get("branch_at")
+        return stage
+
     def route(self, images: Sequence[bytes]) -> NDArray[np.int32]:
         """The expert of every encoded image, int32 [N]."""
-        return self._route(self._decoded(images))
+        return self._route(self._seen(self._decoded(images)))
 
     def embed(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         """Every encoded image's place in the unified space, float32 [N, Z].
@@ -110,8 +134,8 @@ class Mixture:
         Raises:
             DataError: an image cannot be decoded; names its position.
         """
-        pixels_N3SS = self._decoded(images)
-        return self._embed(pixels_N3SS, self._route(pixels_N3SS)).numpy()
+        seen = self._seen(self._decoded(images))
+        return self._embed(seen, self._route(seen)).numpy()
 
     def predict(self, images: Sequence[bytes], k: int = 10) -> list[Prediction]:
         """The k most probable tags of every encoded image.
@@ -119,10 +143,10 @@ class Mixture:
         Raises:
             DataError: an image cannot be decoded; names its position.
         """
-        pixels_N3SS = self._decoded(images)
-        experts_N = self._route(pixels_N3SS)
+        seen = self._seen(self._decoded(images))
+        experts_N = self._route(seen)
         with torch.inference_mode():
-            probabilities_NV = torch.softmax(self.decoder.decode(self._embed(pixels_N3SS, experts_N)), dim=1)
+            probabilities_NV = torch.softmax(self.decoder.decode(self._embed(seen, experts_N)), dim=1)
         top = torch.sort(probabilities_NV, dim=1, descending=True, stable=True)
         rows = zip(experts_N.tolist(), top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
         return [Prediction(expert, [self.tags[i] for i in indices], values) for expert, indices, values in rows]
@@ -138,15 +162,34 @@ class Mixture:
                 raise DataError(f"image {position} of {len(images)}: {error}") from error
         return pixels_N3SS
 
-    def _route(self, pixels_N3SS: NDArray[np.uint8]) -> NDArray[np.int32]:
-        features_ND = _through_float16(self._trunk, pixels_N3SS)
-        return self.router.route(features_ND).primary_N
+    def _seen(self, pixels_N3SS: NDArray[np.uint8]) -> "_Seen":
+        """The images as gate and experts go on from them."""
+        if self.shared_stage is None:
+            return _Seen(self.image_size, pixels_N3SS)
+        shared = split(self._trunk.backbone, self.shared_stage, self._backbone_name).shared
+        maps_NCHW = torch.cat(list(predict_features(shared, [pixels_N3SS], inference_batch_size(self.image_size, _CPU), _CPU)))
+        return _Seen(self.image_size, pixels_N3SS, maps_NCHW)
 
-    def _embed(self, pixels_N3SS: NDArray[np.uint8], experts_N: NDArray[np.int32]) -> torch.Tensor:
-        unified_NZ = torch.empty(len(pixels_N3SS), self.decoder.dim)
+    def _features(self, network: TagClassifier, seen: "_Seen", rows_n: NDArray[np.int64]) -> NDArray[np.float32]:
+        """A network's features of some of the images as they are stored: rounded to float16, float32 [n, D]."""
+        batch_size = inference_batch_size(seen.image_size, _CPU)
+        if not len(rows_n):
+            features_ND = torch.zeros(0, network.backbone.num_features)
+        elif seen.maps_NCHW is None or self.shared_stage is None:
+            features_ND = torch.cat(list(predict_features(network.backbone, [seen.pixels_N3SS[rows_n]], batch_size, _CPU)))
+        else:
+            rest = split(network.backbone, self.shared_stage, self._backbone_name).rest
+            features_ND = predict_from_maps(rest, seen.maps_NCHW[torch.from_numpy(rows_n)], batch_size)
+        return features_ND.numpy().astype(np.float16).astype(np.float32)
+
+    def _route(self, seen: "_Seen") -> NDArray[np.int32]:
+        return self.router.route(self._features(self._trunk, seen, np.arange(len(seen)))).primary_N
+
+    def _embed(self, seen: "_Seen", experts_N: NDArray[np.int32]) -> torch.Tensor:
+        unified_NZ = torch.empty(len(seen), self.decoder.dim)
         for expert in np.unique(experts_N).tolist():
             rows = np.flatnonzero(experts_N == expert)
-            embeddings = torch.from_numpy(_through_float16(self._expert(expert), pixels_N3SS[rows]))
+            embeddings = torch.from_numpy(self._features(self._expert(expert), seen, rows))
             with torch.inference_mode():
                 unified_NZ[rows] = self.decoder.align(embeddings, torch.full((len(rows),), expert, dtype=torch.int64))
         return unified_NZ
@@ -156,11 +199,3 @@ class Mixture:
             artifact: Artifact = self._store.get(f"experts/{expert_name(expert)}")
             self._experts[expert] = load_network(artifact)
         return self._experts[expert]
-
-
-def _through_float16(network: TagClassifier, pixels_N3SS: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Features as they are stored: rounded to float16, float32 [N, D]."""
-    batch_size = inference_batch_size(pixels_N3SS.shape[-1], _CPU)
-    batches = [features.numpy() for features in predict_features(network.backbone, [pixels_N3SS], batch_size, _CPU)]
-    features = np.concatenate(batches) if batches else np.zeros((0, network.backbone.num_features), np.float32)
-    return features.astype(np.float16).astype(np.float32)

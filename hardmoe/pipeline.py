@@ -18,12 +18,13 @@ from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_fo
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError, RecipeError
 from hardmoe.evaluation.stage import System, evaluation_stage
-from hardmoe.experts.stages import dense_stage, embeddings_stage, expert_name, expert_stage
+from hardmoe.experts.origin import Origin, identify_origin
+from hardmoe.experts.stages import dense_stage, embeddings_stage, expert_name, expert_stage, match_name
 from hardmoe.features.files import features_inventory
 from hardmoe.features.stage import external_features_stage, features_stage
 from hardmoe.partitioning import advice_stages
 from hardmoe.partitioning.config import PartitionConfig
-from hardmoe.partitioning.stages import partition_stage, router_stage
+from hardmoe.partitioning.stages import match_stage, partition_stage, router_stage
 from hardmoe.recipe import Recipe
 from hardmoe.report.stage import report_stage
 from hardmoe.stage import Stage
@@ -55,6 +56,8 @@ class ExternalInputs:
     """Of the files that `hashtags.aliases`, `allow` and `deny` name, by key."""
     features_sha256: str | None = None
     """Of the files of `features.path`; None where there are none, or while only the stages' names are of interest."""
+    origin: Origin = field(default_factory=Origin)
+    """Of what `experts.init` names, where it names something outside the root."""
 
 
 def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
@@ -65,7 +68,8 @@ def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
         DriftError: the dataset was made from other files; says which.
     """
     source = _source_digest(recipe, store)
-    return ExternalInputs(source, _hashtags_digests(recipe, store), _features_digest(recipe, store))
+    origin = identify_origin(recipe.experts, recipe.partition.experts, recipe.evaluation.dense_baseline, store)
+    return ExternalInputs(source, _hashtags_digests(recipe, store), _features_digest(recipe, store), origin)
 
 
 def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
@@ -79,15 +83,15 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     if recipe.partition.is_routed:
         stages.append(router_stage(recipe.partition, recipe.seed))
     stages.append(partition_stage(recipe.partition, recipe.seed))
-    mixture = _mixture(recipe, stages, "partition", "experts", "embeddings", "decoder")
+    mixture = _mixture(recipe, stages, ("partition", "experts", "embeddings", "decoder"), external.origin)
     # The trunk is judged by its own features, which nobody computes where the partition goes by others.
     systems = {} if recipe.features.path else {"trunk": System("features", "feature", ("trunk",), shared=False)}
     if recipe.evaluation.dense_baseline:
-        systems |= _dense(recipe, stages)
+        systems |= _dense(recipe, stages, external.origin)
     systems["experts_own_decoder"] = System(mixture.embeddings, "embedding", mixture.experts, shared=False)
     systems["mixture"] = System(mixture.embeddings, "embedding", (mixture.decoder,), shared=True)
     if recipe.evaluation.random_partition:
-        random = _random(recipe, stages)
+        random = _random(recipe, stages, external.origin)
         systems["random_partition"] = System(random.embeddings, "embedding", (random.decoder,), shared=True)
     stages.append(evaluation_stage(recipe.evaluation, systems, recipe.seed))
     stages.append(report_stage(recipe.what(), stages))
@@ -161,20 +165,23 @@ def drift_stages(recipe: Recipe, dataset: Stage, config: DatasetConfig, place: s
     return [replace(dataset, name=f"{place}/dataset"), features, advice_stages.drift_stage(place)]
 
 
-def _mixture(recipe: Recipe, stages: list[Stage], partition: str, place: str, embeddings: str, decoder: str) -> Mixture:
-    """Add experts, embeddings and decoder over a partition."""
+def _mixture(recipe: Recipe, stages: list[Stage], names: tuple[str, str, str, str], origin: Origin) -> Mixture:
+    """Add experts, embeddings and decoder over a partition; these four are named."""
+    partition, place, embeddings, decoder = names
     count = recipe.partition.experts
-    names = tuple(f"{place}/{expert_name(expert)}" for expert in range(count))
-    stages += [expert_stage(recipe.experts, expert, recipe.seed, partition, place) for expert in range(count)]
-    stages.append(embeddings_stage(embeddings, partition, dict(enumerate(names)), partitioned=True))
+    if recipe.experts.init_root is not None:
+        stages.append(match_stage(match_name(place), partition, recipe.experts.init_root, origin.experts, recipe.seed))
+    experts = tuple(f"{place}/{expert_name(expert)}" for expert in range(count))
+    stages += [expert_stage(recipe.experts, expert, recipe.seed, partition, place, origin.experts) for expert in range(count)]
+    stages.append(embeddings_stage(embeddings, partition, dict(enumerate(experts)), partitioned=True))
     stages.append(decoder_stage(recipe.decoder, count, recipe.seed, decoder, embeddings))
-    return Mixture(partition, names, embeddings, decoder)
+    return Mixture(partition, experts, embeddings, decoder)
 
 
-def _dense(recipe: Recipe, stages: list[Stage]) -> dict[str, System]:
+def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, System]:
     """Add the dense baseline, its embeddings and its refitted decoder."""
     overlapping = "partition" if recipe.partition.has_extra_copies else None
-    stages.append(dense_stage(recipe.experts, recipe.seed, overlapping))
+    stages.append(dense_stage(recipe.experts, recipe.seed, overlapping, origin.dense))
     stages.append(embeddings_stage(DENSE_EMBEDDINGS, "dataset", {0: DENSE}, partitioned=False))
     stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
     return {
@@ -183,12 +190,13 @@ def _dense(recipe: Recipe, stages: list[Stage]) -> dict[str, System]:
     }
 
 
-def _random(recipe: Recipe, stages: list[Stage]) -> Mixture:
+def _random(recipe: Recipe, stages: list[Stage], origin: Origin) -> Mixture:
     """Add a whole mixture over a random partition."""
     asked = recipe.partition
     config = PartitionConfig(experts=asked.experts, method="random", out_of_part_fraction=asked.out_of_part_fraction)
     stages.append(partition_stage(config, recipe.seed, f"{RANDOM}/partition"))
-    return _mixture(recipe, stages, f"{RANDOM}/partition", f"{RANDOM}/experts", f"{RANDOM}/embeddings", f"{RANDOM}/decoder")
+    names = (f"{RANDOM}/partition", f"{RANDOM}/experts", f"{RANDOM}/embeddings", f"{RANDOM}/decoder")
+    return _mixture(recipe, stages, names, origin)
 
 
 def _given_parts(recipe: Recipe) -> int | None:

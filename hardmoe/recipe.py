@@ -66,11 +66,6 @@ class Recipe(Config):
                         f"experts.init is 'trunk' but experts.{key} '{own}' is not the trunk's '{trunk}'; "
                         "set experts.init: random, or leave experts.backbone out"
                     )
-        if self.experts.init == "trunk" and self.experts.loss == "sigmoid" != self.trunk.loss:
-            raise ValueError(
-                f"experts.loss is 'sigmoid' but the experts start from a trunk trained with '{self.trunk.loss}', whose outputs "
-                "are no log odds; set trunk.loss: sigmoid, or experts.init: random"
-            )
         if self.experts.budget == "examples" and self.partition.has_extra_copies:
             raise ValueError(
                 "experts.budget: examples gives every expert as many images, where partition.overlap and "
@@ -80,6 +75,40 @@ class Recipe(Config):
             raise ValueError(
                 "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_go_together(self) -> Self:
+        experts, trunk = self.experts, self.trunk
+        uses = {
+            "start from": ("experts.init: random", experts.init == "trunk"),
+            "decode with": ("experts.decoder: own", experts.decoder == "fixed"),
+            "learn from": ("experts.distill.weight: 0", experts.distill.weight > 0),
+        }
+        for verb, (remedy, asked) in uses.items():
+            if asked and experts.loss == "sigmoid" != trunk.loss:
+                raise ValueError(
+                    f"experts.loss is 'sigmoid' but the experts {verb} a trunk trained with '{trunk.loss}', whose outputs "
+                    f"are no log odds; set trunk.loss: sigmoid, or {remedy}"
+                )
+        if experts.distill.weight > 0 and trunk.loss == "sigmoid" != experts.loss:
+            raise ValueError(
+                f"experts.loss is '{experts.loss}' but the experts learn from a trunk trained with 'sigmoid', whose outputs are "
+                "log odds of each hashtag; set experts.loss: sigmoid, or experts.distill.weight: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_images_to_choose_by(self) -> Self:
+        if self.dataset.validation_fraction > 0 or self.dataset.split_column is not None:
+            return self
+        for name, section in (("trunk", self.trunk), ("experts", self.experts)):
+            for key, off in (("early_stop", None), ("keep", "last")):
+                if getattr(section, key) != off:
+                    raise ValueError(
+                        f"{name}.{key} is decided on validation images, of which dataset.validation_fraction: 0 leaves none; "
+                        f"set that to 0.05, or take {name}.{key} out"
+                    )
         return self
 
     def what(self) -> dict[str, Any]:
@@ -131,6 +160,10 @@ def _from_here(recipe: Recipe) -> Recipe:
             for key, place in places.items()
         }
         sections[name] = section.model_copy(update=absolute)
+    if recipe.experts.init_path is not None:
+        sections["experts"] = recipe.experts.model_copy(update={"init": _absolute(recipe.experts.init_path)})
+    if recipe.experts.init_root is not None:
+        sections["experts"] = recipe.experts.model_copy(update={"init": f"run:{_absolute(recipe.experts.init_root)}"})
     if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
         # The name of a dataset on a hub, and no path.
         sections["dataset"] = sections["dataset"].model_copy(update={"path": recipe.dataset.path})

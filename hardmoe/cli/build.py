@@ -160,6 +160,19 @@ def print_metrics(built: Built) -> None:
     if difference and difference["low"] is not None:
         low, high = 100 * difference["low"], 100 * difference["high"]
         click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    _print_unequal_costs(built)
+
+
+def _print_unequal_costs(built: Built) -> None:
+    """What each side of the comparison has seen, where an early stop or repeats of rare hashtags made it unequal."""
+    dense = built.plan.artifacts.get("baselines/dense")
+    experts = [artifact for name, artifact in built.plan.artifacts.items() if name.startswith("experts/")]
+    seen = sum(artifact.payload["examples_seen"] for artifact in experts)
+    if dense is not None and seen != dense.payload["examples_seen"]:
+        click.echo(
+            f"\nnot at equal cost: the experts were shown {seen:,} images together, the dense baseline "
+            f"{dense.payload['examples_seen']:,}"
+        )
 
 
 def publish(built: Built) -> str:

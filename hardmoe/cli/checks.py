@@ -1,11 +1,12 @@
 """What is looked at before anything is started: everything that would otherwise fail hours later, or not at all.
 
 A misspelt root in `reuse`, a root that was taken from and is gone, a backbone that does not exist or does not take images of
-this size, a unified space that is too wide, more principal directions than features have dimensions, a dataset with nothing to
-evaluate on. Rejected: leaving these to the stage that stumbles over them, which is after the ingestion of all images, or after
-the training of all experts.
+this size, a file of weights that is another network's, a unified space that is too wide, more principal directions than features
+have dimensions, a dataset with nothing to evaluate on. Rejected: leaving these to the stage that stumbles over them, which is
+after the ingestion of all images, or after the training of all experts.
 """
 
+from hardmoe.artifacts.other_run import OtherRun
 from hardmoe.artifacts.record import RECORD_NAME, parse_record
 from hardmoe.artifacts.store import Artifact, find_reusable
 from hardmoe.cli.common import RECIPE_FILE
@@ -44,6 +45,13 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
         width = _probed_width(recipe) if missing & {*_NETWORKS} else _trained_width(recipe, plan)
         if width is not None and recipe.decoder.dim is not None:
             _check_decoder(recipe.decoder.dim, width)
+    if missing & {*_NETWORKS} and recipe.experts.shared_stage is not None:
+        from hardmoe.models.probe import check_branch
+
+        trunk = recipe.trunk
+        check_branch(trunk.backbone, recipe.experts.shared_stage, image_size=trunk.image_size, stem=trunk.stem)
+    if "expert" in missing and (recipe.experts.init_path or recipe.experts.init_root):
+        _check_start(recipe)
 
 
 def taken_over(recipe: Recipe, plan: Plan) -> dict[str, Artifact]:
@@ -104,10 +112,29 @@ def _probed_width(recipe: Recipe) -> int | None:
     from hardmoe.models.probe import probe_backbone
 
     size = recipe.trunk.image_size
-    width = probe_backbone(recipe.trunk.backbone, image_size=size, stem=recipe.trunk.stem)
+    trunk_width = probe_backbone(recipe.trunk.backbone, image_size=size, stem=recipe.trunk.stem)
     if recipe.experts.backbone is None:
-        return width
-    return probe_backbone(recipe.experts.backbone, image_size=size, stem=recipe.experts.stem)
+        return trunk_width
+    width = probe_backbone(recipe.experts.backbone, image_size=size, stem=recipe.experts.stem)
+    if recipe.experts.decoder == "fixed" and width is not None and trunk_width is not None:
+        from hardmoe.experts.start import check_decoder_fits
+
+        check_decoder_fits(recipe.experts.backbone, width, trunk_width)
+    return width
+
+
+def _check_start(recipe: Recipe) -> None:
+    """Hold a file or a run that experts start from against their network."""
+    from hardmoe.experts.start import check_file, check_run, expert_architecture
+    from hardmoe.training.network import Architecture
+
+    trunk, experts = recipe.trunk, recipe.experts
+    own = Architecture(trunk.backbone, trunk.stem, trunk.image_size, 1, trunk.decode)
+    architecture = expert_architecture(experts, own, 1)
+    if experts.init_path is not None:
+        check_file(experts.init_path, architecture)
+    elif experts.init_root is not None:
+        check_run(OtherRun.open(experts.init_root), experts, architecture)
 
 
 def _trained_width(recipe: Recipe, plan: Plan) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from hardmoe.config import Json
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.stage import Resources, Stage
 
@@ -10,17 +11,35 @@ EXTRA_COPIES = "extra_copies"
 """Role in which the dense baseline reads a partition whose experts train on copies of other parts' examples."""
 
 
+MATCHES = "matches"
+"""Role in which an expert reads which one of another run it starts from."""
+START = "start"
+"""Key of a stage's config: the identity of what its network starts from, where that lies outside the root."""
+
+
 def expert_name(expert: int) -> str:
     """`expert-0007`."""
     return f"expert-{expert:04d}"
 
 
-def expert_stage(config: ExpertsConfig, expert: int, seed: int, partition: str = "partition", place: str = "experts") -> Stage:
-    """One expert: a network trained on one part of a partition."""
-    return _network_stage(f"{place}/{expert_name(expert)}", config, seed, expert, partition)
+def expert_stage(
+    config: ExpertsConfig, expert: int, seed: int, partition: str = "partition", place: str = "experts", start: Json = None
+) -> Stage:
+    """One expert: a network trained on one part of a partition.
+
+    Args:
+        config: the recipe's section.
+        expert: its number.
+        seed: the recipe's.
+        partition: name of the partition.
+        place: directory of the experts.
+        start: the identity of what `experts.init` names outside the root; None where it names nothing.
+    """
+    stage = _network_stage(f"{place}/{expert_name(expert)}", config, seed, expert, partition, start)
+    return stage if config.init_root is None else replace(stage, inputs={**stage.inputs, MATCHES: match_name(place)})
 
 
-def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None) -> Stage:
+def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None, start: Json = None) -> Stage:
     """The dense baseline: the same training on all examples; seeded like the expert of a mixture of one.
 
     Args:
@@ -29,12 +48,18 @@ def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None
         overlapping: the partition, if several of its experts train on one example: the baseline then shows every example as
             often as they do together, so that it sees the same examples equally often, at the same cost. Rejected: as many
             more epochs, which need not be a whole number and would show other examples than the experts see more often.
+        start: as for `expert_stage`.
     """
-    stage = _network_stage("baselines/dense", config, seed, None, "dataset")
+    stage = _network_stage("baselines/dense", config, seed, None, "dataset", start)
     return stage if overlapping is None else replace(stage, inputs={**stage.inputs, EXTRA_COPIES: overlapping})
 
 
-def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | None, examples: str) -> Stage:
+def match_name(place: str) -> str:
+    """The artifact that says which of another run's experts those in this directory start from: `experts` has `matches`."""
+    return f"{place.removesuffix('experts')}matches"
+
+
+def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | None, examples: str, start: Json) -> Stage:
     if expert is None:
         # The one network of all examples is shown as many either way, so it is the same artifact.
         config = config.model_copy(update={"budget": "epochs"})
@@ -42,7 +67,7 @@ def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | No
         name=name,
         kind="expert",
         version=3,
-        config={"experts": config.identity(), "expert": expert, "seed": seed},
+        config={"experts": config.identity(), "expert": expert, "seed": seed, **({} if start is None else {START: start})},
         operational={"experts": config.operational_values()},
         inputs={"examples": examples, "vocabulary": "vocabulary", "trunk": "trunk"},
         work="hardmoe.experts.train:ExpertWork",

@@ -4,12 +4,13 @@ from collections.abc import Generator
 
 from hardmoe.config import Json
 from hardmoe.data.reading import num_tags, open_examples
-from hardmoe.errors import RecipeError
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.experts.stages import EXTRA_COPIES
+from hardmoe.experts.start import expert_architecture, start_of
 from hardmoe.hashing import derive_seed
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
-from hardmoe.training.network import Architecture, NetworkJob, architecture_of, load_weights, train_network
+from hardmoe.training.distillation import Teacher
+from hardmoe.training.network import NetworkJob, architecture_of, load_network, train_network
 
 
 class ExpertWork:
@@ -31,12 +32,7 @@ class ExpertWork:
         """Train on the part, starting where the recipe says."""
         config = context.stage.section(ExpertsConfig, "experts")
         trunk, vocabulary = context.input("trunk"), context.input("vocabulary")
-        architecture = _architecture(config, architecture_of(trunk), num_tags(vocabulary))
-        if config.init == "trunk" and architecture != architecture_of(trunk):
-            raise RecipeError(
-                f"experts.init is 'trunk', but experts.backbone '{config.backbone}' is another network than the trunk's "
-                f"'{architecture_of(trunk).backbone}'; use the same one, or experts.init: random"
-            )
+        architecture = expert_architecture(config, architecture_of(trunk), num_tags(vocabulary))
         job = NetworkJob(
             architecture=architecture,
             examples=open_examples(context, "examples"),
@@ -45,7 +41,8 @@ class ExpertWork:
             config=config,
             # The dense baseline is seeded like expert 0, so that a mixture of one is the dense baseline to the bit.
             seed=derive_seed(context.stage.config["seed"], "expert", context.stage.config["expert"] or 0),
-            start=load_weights(trunk) if config.init == "trunk" else None,
+            start=start_of(context, config, architecture),
+            teacher=Teacher(load_network(trunk), config.distill) if config.distill.weight else None,
             as_often_as_in=context.input(EXTRA_COPIES) if EXTRA_COPIES in context.stage.inputs else None,
             num_samples=_num_samples(context, config),
         )
@@ -63,9 +60,3 @@ def _num_samples(context: UnitContext, config: ExpertsConfig) -> int | None:
     num_experts = len(context.input("examples").payload["sizes"]["train"])
     total = config.epochs * context.input("vocabulary").payload["labelled"]["train"]
     return int(total // num_experts + (context.stage.config["expert"] < total % num_experts))
-
-
-def _architecture(config: ExpertsConfig, trunk: Architecture, tags: int) -> Architecture:
-    if config.backbone is None:
-        return Architecture(trunk.backbone, trunk.stem, trunk.image_size, tags, trunk.decode)
-    return Architecture(config.backbone, config.stem, trunk.image_size, tags, trunk.decode)

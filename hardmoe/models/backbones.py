@@ -9,6 +9,7 @@ one, is asked for; a network of your own does without.
     resnet18, convnext_tiny, vit_b_16, …   torchvision's classification models, head removed
     resnet20 … resnet110, resnet20_w8      He et al.'s networks for 32x32 images, optionally of another base width
     quicknet_w12, quicknet_w24, …          four blocks behind a stride-2 stem, for studies on a laptop
+    timm/convnext_atto, timm/vit_…         timm's models, head removed (extra `timm`)
     package.module:factory                 your own: factory(image_size=…) -> nn.Module with `num_features`
 
 Shape letters: B batch, H height, W width, D feature dim, V tags.
@@ -19,6 +20,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,21 @@ class Backbone(nn.Module):
         super().__init__()
         self.network = network
         self.num_features = num_features
+        # A tuple, so that modules which are in the network already are not registered once more.
+        self._held: tuple[nn.Module, ...] = ()
+
+    def hold(self, module: nn.Module) -> None:
+        """Keep a piece of the network as it is: its parameters get no gradient, its normalisation layers gather no statistics."""
+        module.requires_grad_(False)
+        self._held = (*self._held, module)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but what is held stays in evaluation mode."""
+        super().train(mode)
+        for module in self._held:
+            module.eval()
+        return self
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Pooled features, float [B, D], of images that went through `normalise_images`."""
@@ -107,7 +124,7 @@ def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto")
         raise RecipeError(f"unknown stem '{stem}'; it is one of {', '.join(STEMS)}")
     with seeded_initialisation(seed):
         backbone = _build(name, image_size, stem)
-    if stem != "auto" and (":" in name or not _is_torchvision_resnet(backbone.network)):
+    if stem != "auto" and (":" in name or "/" in name or not _is_torchvision_resnet(backbone.network)):
         raise RecipeError(
             f"the backbone '{name}' has no stem '{stem}'; only torchvision's ResNets have a choice, so use stem: auto"
         )
@@ -117,6 +134,8 @@ def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto")
 def _build(name: str, image_size: int, stem: str) -> Backbone:
     if ":" in name:
         return _from_factory(name, image_size)
+    if name.startswith("timm/"):
+        return _from_timm(name, image_size)
     import torchvision
 
     from hardmoe.models.resnet import CIFAR_DEPTHS, cifar_resnet, quicknet
@@ -149,7 +168,8 @@ def _suggestion(name: str) -> str:
     known += [f"resnet{depth}" for depth in CIFAR_DEPTHS] + ["resnet20_w8"]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     nearest = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{nearest}Give a torchvision model, resnet20 to resnet110, quicknet_w<width>, or package.module:factory for your own"
+    families = "a torchvision model, resnet20 to resnet110, quicknet_w<width>, timm/<model>"
+    return f"{nearest}Give {families}, or package.module:factory for your own"
 
 
 def _from_torchvision(name: str, image_size: int, stem: str) -> Backbone:
@@ -187,6 +207,37 @@ def _remove_head(name: str, network: nn.Module) -> int:
             head[-1] = nn.Identity()
             return last.in_features
     raise RecipeError(f"the backbone '{name}' has no linear head to take off; choose another one, such as resnet18")
+
+
+def _from_timm(name: str, image_size: int) -> Backbone:
+    try:
+        import timm
+    except ImportError as error:
+        raise RecipeError(f"the backbone '{name}' needs the package timm; pip install 'hardmoe[timm]'") from error
+    model = name.removeprefix("timm/")
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
+        nearest = f"; did you mean timm/{' or timm/'.join(close)}?" if close else ""
+        raise RecipeError(f"timm has no model '{model}'{nearest}; timm.list_models() names them all")
+    try:
+        try:
+            network = timm.create_model(model, pretrained=False, num_classes=0, img_size=image_size)
+        except TypeError:
+            # Convolutional networks take images of any size and know no such argument.
+            network = timm.create_model(model, pretrained=False, num_classes=0)
+        # What `num_features` says is not what all of them return.
+        with torch.no_grad():
+            shape = list(network.eval()(torch.zeros(2, 3, image_size, image_size)).shape)
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        raise RecipeError(
+            f"the backbone '{name}' cannot be built for images of {image_size} pixels ({str(error).splitlines()[0]}); "
+            "set another trunk.image_size or choose another backbone"
+        ) from error
+    if len(shape) != 2:
+        raise RecipeError(
+            f"the backbone '{name}' gives features of shape {shape} for 2 images; choose a model for classification"
+        )
+    return Backbone(network.train(), shape[1])
 
 
 def _from_factory(name: str, image_size: int) -> Backbone:

@@ -9,6 +9,7 @@ import torch
 
 from hardmoe.errors import RecipeError
 from hardmoe.models.backbones import build_backbone
+from hardmoe.models.branching import split
 
 
 def probe_backbone(name: str, *, image_size: int, stem: str = "auto") -> int | None:
@@ -33,3 +34,13 @@ def probe_backbone(name: str, *, image_size: int, stem: str = "auto") -> int | N
             "raise trunk.image_size or choose another backbone"
         ) from error
     return backbone.num_features
+
+
+def check_branch(name: str, stage: str, *, image_size: int, stem: str = "auto") -> None:
+    """Whether a network can be cut behind a stage.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    with torch.device("meta"):
+        split(build_backbone(name, image_size=image_size, seed=0, stem=stem), stage, name)

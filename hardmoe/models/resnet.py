@@ -60,6 +60,7 @@ class SmallResNet(nn.Module):
         super().__init__()
         widths = [width * 2**stage for stage in range(num_stages)]
         self.num_features = widths[-1]
+        self.blocks_per_stage = blocks_per_stage
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, kernel_size=3, stride=stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(width),

@@ -1,5 +1,6 @@
-"""Declarations of the `router` and `partition` stages."""
+"""Declarations of the `router`, `partition` and `matches` stages."""
 
+from hardmoe.config import Json
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.stage import Stage
 
@@ -51,4 +52,25 @@ def partition_stage(config: PartitionConfig, seed: int, name: str = "partition")
         config={"partition": {"experts": config.experts, "method": config.method, **balanced, **extra}, "seed": seed},
         inputs={"dataset": "dataset", "features": "features", **routed},
         work="hardmoe.partitioning.regroup:PartitionWork",
+    )
+
+
+def match_stage(name: str, partition: str, root: str, identity: Json, seed: int) -> Stage:
+    """Every part's expert in another run.
+
+    Args:
+        name: of the artifact.
+        partition: name of this run's partition.
+        root: the other run's.
+        identity: what it is, from `OtherRun.identity`.
+        seed: the recipe's; decides the sample.
+    """
+    return Stage(
+        name=name,
+        kind="match",
+        version=1,
+        config={"start": identity, "seed": seed},
+        operational={"root": root},
+        inputs={"partition": partition},
+        work="hardmoe.partitioning.match:MatchWork",
     )

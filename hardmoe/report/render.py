@@ -26,7 +26,7 @@ from hardmoe.report.schema import CurvePoint, Exemplar, Metric, Network, Part, R
 
 SYSTEMS = {
     "trunk": "the first network, alone",
-    "dense": "one network, as many images seen",
+    "dense": "one network of all images, trained by the same rules",
     "dense_refit": "dense, decoder refitted: the control",
     "experts_own_decoder": "experts, each with its own decoder",
     "mixture": "experts, one decoder shared by all",
@@ -110,9 +110,19 @@ def write_headline(data: ReportData) -> Headline:
     detail = (
         f"The difference in {HEADLINE_METRIC} is {format_points(value)} percentage points; its 95 % interval runs from "
         f"{format_points(low)} to {format_points(high)}{contains} ({images} test images, paired bootstrap). The control, "
-        f"{CONTROL}, is one dense network that saw as many images in total, with its decoder refitted as the mixture's is."
+        f"{CONTROL}, is one dense network that saw {_dense_cost(data['networks'])}, "
+        "with its decoder refitted as the mixture's is."
     )
     return Headline(verdict, sentence, detail, difference)
+
+
+def _dense_cost(networks: Sequence[Network]) -> str:
+    """What the dense baseline saw beside the experts, who may have stopped early or repeated more images."""
+    dense = sum(network["examples_seen"] for network in networks if network["name"] == "baselines/dense")
+    experts = sum(network["examples_seen"] for network in networks if network["name"].startswith("experts/"))
+    if dense == experts:
+        return "as many images in total"
+    return f"{format_count(dense)} images in total where the experts together saw {format_count(experts)}"
 
 
 def _bounds(metric: Metric) -> tuple[float | None, float | None, float | None]:

@@ -60,6 +60,23 @@ class AugmentConfig(Config):
         return self
 
 
+class DistillConfig(Config):
+    """Learning from the trunk's outputs beside the hashtags; off by default."""
+
+    weight: float = added(0.0, ge=0, le=1)
+    """Share of the loss that is the distance to the trunk's outputs on the same augmented images; the hashtags have the rest. A
+    step then costs a forward pass of the trunk more, a quarter of itself where both are of one size; 0 for none."""
+
+    temperature: float = added(1.0, gt=0, le=100)
+    """What both networks' outputs are divided by before they are compared; above 1 the trunk's second thoughts count more."""
+
+    @model_validator(mode="after")
+    def _temperature_needs_a_weight(self) -> Self:
+        if self.weight == 0 and self.temperature != type(self).model_fields["temperature"].default:
+            raise ValueError(f"temperature: {self.temperature:g} changes nothing without weight; set weight: 0.5, or take it out")
+        return self
+
+
 class TrainingConfig(Config):
     """Stochastic gradient descent, by default with momentum, a linear warm-up and a cosine to zero."""
 
@@ -122,6 +139,13 @@ class TrainingConfig(Config):
 
     augment: AugmentConfig = added(AugmentConfig())
     """Random changes of the training images."""
+
+    early_stop: int | None = added(None, ge=1)
+    """End after so many epochs in a row without a better validation precision@1; the schedule is not shortened by it, so
+    `schedule: constant` goes with it best; null trains all epochs. A part without validation images is trained to the end."""
+
+    keep: Literal["last", "best"] = added("last")
+    """Which weights are the result: those after the last step, or those after the epoch with the best validation precision@1."""
 
     checkpoint_every_steps: int | None = operational(200, ge=1)
     """Steps between checkpoints; null for none by steps."""

@@ -13,19 +13,19 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from hardmoe.models.backbones import Backbone, normalise_images
+from hardmoe.models.backbones import normalise_images
 from hardmoe.training.staging import DeviceBatch
 
 
 def predict_features(
-    backbone: Backbone, images: Iterable[NDArray[np.uint8]], batch_size: int, device: torch.device
+    backbone: nn.Module, images: Iterable[NDArray[np.uint8]], batch_size: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Features of images in evaluation mode; the backbone's own mode is as before afterwards.
 
     Args:
-        backbone: on `device` already.
+        backbone: on `device` already; or the first stages of one, whose maps are then what is given.
         images: pieces uint8 [n, 3, S, S] of any n.
         batch_size: B, images per forward pass.
         device: where the backbone is.
@@ -37,7 +37,7 @@ def predict_features(
         yield features_BD.float()
 
 
-def predict_batches(backbone: Backbone, batches: Iterable[DeviceBatch]) -> Iterator[Tensor]:
+def predict_batches(backbone: nn.Module, batches: Iterable[DeviceBatch]) -> Iterator[Tensor]:
     """Features of batches that are on the device already, all of one size.
 
     Yields:
@@ -85,6 +85,25 @@ def _on_device(batches: Iterable[NDArray[np.uint8]], batch_size: int, device: to
         if rows < batch_size:
             images_B3SS = np.concatenate([images_B3SS, np.zeros((batch_size - rows, *images_B3SS.shape[1:]), np.uint8)])
         yield DeviceBatch(move_images(torch.from_numpy(images_B3SS), device), rows)
+
+
+def predict_from_maps(rest: nn.Module, maps_NCHW: Tensor, batch_size: int) -> Tensor:
+    """What the rest of a network in evaluation mode makes of the maps of its first stages, in batches of one size.
+
+    The bits are those of the whole network, whose batches are as large and in the same layout.
+
+    Returns:
+        float32 [N, D] on the maps' device.
+    """
+    found = []
+    for start in range(0, len(maps_NCHW), batch_size):
+        maps_BCHW = maps_NCHW[start : start + batch_size]
+        rows = len(maps_BCHW)
+        blank = torch.zeros(batch_size - rows, *maps_BCHW.shape[1:], device=maps_BCHW.device)
+        with torch.inference_mode(), _full_float32():
+            batch_BCHW = torch.cat([maps_BCHW, blank]).contiguous(memory_format=torch.channels_last)
+            found.append(rest(batch_BCHW)[:rows].float())
+    return torch.cat(found)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ from hardmoe.training.background import BackgroundWriter
 from hardmoe.training.checkpoint import Checkpoint, Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import deterministic
+from hardmoe.training.distillation import Teacher
 from hardmoe.training.divergence import LEARNING_RATE_FACTOR, Divergence, LossLostError, anchor_before, anchors_needed, is_anchor
 from hardmoe.training.losses import build_loss
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.optim import build_optimizer, learning_rate_at
+from hardmoe.training.selection import BestWeights, Selection, SelectionRule
 from hardmoe.training.snapshot import restore_snapshot, take_snapshot, training_digest
 from hardmoe.training.step import Stepper
 from hardmoe.training.validation import validate
@@ -74,6 +76,16 @@ class TrainingSinks:
 
 
 @dataclass(frozen=True)
+class TrainingReferences:
+    """What a training is held against."""
+
+    validation: ExampleSet | None = None
+    """Scored after every epoch."""
+    teacher: Teacher | None = None
+    """A network whose outputs count beside the hashtags; it may be left on the training's device."""
+
+
+@dataclass(frozen=True)
 class TrainingResult:
     """What came of a training; the same for every attempt, so it may go into an artifact's record."""
 
@@ -83,12 +95,14 @@ class TrainingResult:
     final_loss: float | None
     """Mean over the steps of the log's last row; None if nothing was trained."""
     validation_precision_at_1: float | None
-    """After the last epoch; None without labelled validation examples."""
+    """Of the weights that it ends with; None without labelled validation examples."""
     samples_per_epoch: tuple[int, ...]
     """How many each epoch shows: the labelled examples, as often as their set says, those with rare hashtags more often if the
     config says so."""
     divergence: Divergence | None = None
     """Where the loss was lost and the training went back; None of one that went straight through."""
+    selection: Selection | None = None
+    """What the validation split decided; None where the config leaves nothing to it."""
 
 
 @dataclass
@@ -114,7 +128,7 @@ def train(
     *,
     seed: int,
     device: torch.device,
-    validation: ExampleSet | None = None,
+    references: TrainingReferences | None = None,
     sinks: TrainingSinks | None = None,
 ) -> TrainingResult:
     """Train a classifier in place, resuming from the latest checkpoint of the same training.
@@ -127,7 +141,7 @@ def train(
         config: see `TrainingConfig`.
         seed: decides the order of the examples and the randomness of layers such as dropout.
         device: where to train; bfloat16 autocast on a GPU, float32 elsewhere.
-        validation: scored after every epoch.
+        references: validation examples and a teacher, each optional.
         sinks: checkpoints, log and progress, each optional.
 
     Raises:
@@ -136,23 +150,26 @@ def train(
     """
     sinks = sinks or TrainingSinks()
     labelled = examples.labelled()
-    validation = validation.labelled() if validation else None
+    references = references or TrainingReferences()
+    validation = references.validation.labelled() if references.validation else None
     for part in (labelled, validation):
         if part and int(part.label_indices_L.max()) >= model.decoder.out_features:
             raise ValueError(f"tag {part.label_indices_L.max()} in a decoder of {model.decoder.out_features} tags")
     with deterministic(config.num_threads, device):
-        training = _Training(model, labelled, config, seed, device, validation, sinks)
+        training = _Training(model, labelled, config, seed, device, replace(references, validation=validation), sinks)
         if len(labelled):
             training.run()
     model.eval()
     state, schedule = training.state, training.schedule
+    kept_best = config.keep == "best" and state.best_step is not None
     return TrainingResult(
         steps=state.step,
         examples_seen=schedule.samples_before(state.step),
         final_loss=state.final_loss,
-        validation_precision_at_1=state.validation_precision_at_1,
-        samples_per_epoch=tuple(schedule.samples_E.tolist()),
+        validation_precision_at_1=state.best_precision_at_1 if kept_best else state.validation_precision_at_1,
+        samples_per_epoch=tuple(schedule.samples_E[: training.rule.epochs_begun(state.step)].tolist()),
         divergence=training.divergence,
+        selection=training.rule.selection(state.step, state.best_step),
     )
 
 
@@ -165,7 +182,7 @@ class _Training:
     config: TrainingConfig
     seed: int
     device: torch.device
-    validation: ExampleSet | None
+    references: TrainingReferences
     sinks: TrainingSinks
     state: _State = field(default_factory=_State)
     unfetched: list[Tensor] = field(default_factory=list)
@@ -175,6 +192,7 @@ class _Training:
         config = self.config
         self.schedule = self.examples.schedule(config.batch_size, config.epochs, self.seed, config.repeat_threshold)
         self.total_steps = self.schedule.total_steps
+        self.rule = SelectionRule(self.schedule, config.early_stop, config.keep)
 
     @property
     def divergence(self) -> Divergence | None:
@@ -182,27 +200,36 @@ class _Training:
         at = self.state.diverged_at
         return None if at is None else Divergence(at, anchor_before(at))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no step to do any more."""
+        return self.rule.is_over(self.state.step, self.state.best_step)
+
     def run(self) -> None:
         """Do the steps that the latest checkpoint has not done."""
         checkpoints = self.sinks.checkpoints
         facts = [self.config.identity(), self.seed, self.total_steps, self.examples.budget]
-        self.digest = training_digest(self.model, self.examples, facts) if checkpoints else ""
+        teacher = self.references.teacher
+        network = None if teacher is None else teacher.network
+        self.digest = training_digest(self.model, self.examples, facts, network) if checkpoints else ""
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = build_optimizer(self.model, self.config)
         self.average = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay is not None else None
         loss = build_loss(self.config, self.examples, self.model.decoder.out_features, self.seed, self.device)
-        self.stepper = Stepper(self.model, self.optimizer, self.average, loss, self.config, self.seed, self.device)
+        teacher = None if teacher is None else teacher.on(self.device)
+        self.stepper = Stepper(self.model, self.optimizer, self.average, loss, self.config, self.seed, self.device, teacher)
         self.start = take_snapshot(self.model, self.optimizer, self.average)
+        self.best = BestWeights()
         with ExitStack() as stack:
             self.writer = stack.enter_context(BackgroundWriter(checkpoints)) if checkpoints else None
             self._resume()
-            while self.state.step < self.total_steps:
+            while not self.is_over:
                 try:
                     self._go_on()
                 except LossLostError as lost:
                     self._go_back(lost)
-        if self.average is not None:
+        if not self.best.replace(self.model) and self.average is not None:
             self.average.replace()
 
     def _go_on(self) -> None:
@@ -214,7 +241,7 @@ class _Training:
             self.state.step += 1
             self._report()
             self._note_going_back()
-            ending = self.sinks.ending(self.state.step, self.total_steps)
+            ending = None if self.is_over else self.sinks.ending(self.state.step, self.total_steps)
             if ending or self._checkpoint_is_due():
                 self._save()
             if self.writer and ending:
@@ -226,6 +253,8 @@ class _Training:
                 self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate, newest))
             if ending:
                 raise ending
+            if self.is_over:
+                return
 
     def _learning_rate(self, step: int) -> float:
         went_back = self.divergence is not None and step >= self.divergence.back_to
@@ -246,9 +275,11 @@ class _Training:
 
     def _report(self) -> None:
         state = self.state
-        epoch = self.schedule.place(state.step - 1)[0] + 1
-        row_is_due = state.step % STEPS_PER_ROW == 0 or state.step == self.total_steps
-        if row_is_due or self.schedule.ends_epoch(state.step) or self.device.type == "cpu":
+        epoch, ends_epoch = self.rule.epoch_of(state.step), self.schedule.ends_epoch(state.step)
+        # An early stop is known only after the validation; the row before it must cover all steps.
+        row_is_due = state.step % STEPS_PER_ROW == 0 or (ends_epoch and self.config.early_stop is not None)
+        row_is_due = row_is_due or state.step == self.total_steps
+        if row_is_due or ends_epoch or self.device.type == "cpu":
             self._fetch_losses()
         if row_is_due:
             state.final_loss = state.loss_sum / state.loss_steps
@@ -256,23 +287,27 @@ class _Training:
             rate = self._learning_rate(state.step - 1)
             seen = self.schedule.samples_before(state.step)
             self._log({"step": state.step, "epoch": epoch, "examples": seen, "loss": state.final_loss, "learning_rate": rate})
-        if not self.schedule.ends_epoch(state.step):
+        if not ends_epoch:
             return
         asked_for = (self.config.repeat_threshold, self.examples.times_N, self.examples.budget)
         if any(asked is not None for asked in asked_for):
             samples = int(self.schedule.samples_E[epoch - 1])
             self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
-        if self.validation:
+        if self.references.validation:
             with self.average.in_use() if self.average is not None else nullcontext():
-                scores = validate(self.model, self.validation, self.config.batch_size, self.device, self.config.loss)
-            if not math.isfinite(scores.loss):
-                where = f"after step {state.step} of {self.total_steps}, the end of epoch {epoch}"
-                raise LossLostError(state.step, f"the validation loss became {scores.loss} {where}")
-            if state.best_precision_at_1 is None or scores.precision_at_1 > state.best_precision_at_1:
-                state.best_precision_at_1, state.best_step = scores.precision_at_1, state.step
+                scores = validate(self.model, self.references.validation, self.config.batch_size, self.device, self.config.loss)
+                if not math.isfinite(scores.loss):
+                    where = f"after step {state.step} of {self.total_steps}, the end of epoch {epoch}"
+                    raise LossLostError(state.step, f"the validation loss became {scores.loss} {where}")
+                if state.best_precision_at_1 is None or scores.precision_at_1 > state.best_precision_at_1:
+                    state.best_precision_at_1, state.best_step = scores.precision_at_1, state.step
+                    if self.config.keep == "best":
+                        self.best.note(self.model)
             state.validation_precision_at_1 = scores.precision_at_1
             row = {"validation_precision@1": scores.precision_at_1, "validation_loss": scores.loss}
             self._log({"step": state.step, "epoch": epoch, **row})
+        if self.is_over and (selection := self.rule.selection(state.step, state.best_step)) is not None:
+            self._log({"step": state.step, "epoch": epoch, **asdict(selection)})
 
     def _log(self, row: dict[str, int | float]) -> None:
         if self.sinks.log:
@@ -294,7 +329,7 @@ class _Training:
         state = self.state
         rows = list(self.sinks.log.rows) if self.sinks.log else []
         keep = anchors_needed(state.step) | ({state.best_step} if state.best_step is not None else set())
-        tensors = take_snapshot(self.model, self.optimizer, self.average)
+        tensors = take_snapshot(self.model, self.optimizer, self.average) | self.best.snapshot()
         self.writer.submit(state.step, tensors, {"training": self.digest, "rows": rows, **asdict(state)}, keep)
         self.saved_at = time.monotonic()
 
@@ -347,7 +382,9 @@ class _Training:
             self.sinks.log.restore(checkpoint.state["rows"] if checkpoint else ())
         if checkpoint is None:
             self.state = _State()
+            self.best.restore({})
             restore_snapshot(self.model, self.optimizer, self.average, self.start)
         else:
             self.state = _State(**{field.name: checkpoint.state[field.name] for field in fields(_State)})
+            self.best.restore(checkpoint.tensors)
             restore_snapshot(self.model, self.optimizer, self.average, checkpoint.tensors)

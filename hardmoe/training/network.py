@@ -8,7 +8,7 @@ read and where they start, which are arguments.
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,13 @@ from hardmoe.data.loader import EncodedBatch, ExampleSet
 from hardmoe.data.reading import example_shards, labels_of, num_trained_on, read_examples, training_shards
 from hardmoe.errors import CorruptFileError
 from hardmoe.models.backbones import TagClassifier, build_backbone
+from hardmoe.models.branching import split
 from hardmoe.stage import InputArtifact, UnitContext
 from hardmoe.tables import ids_to_array
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
-from hardmoe.training.loop import TrainingProgress, TrainingSinks, train
+from hardmoe.training.distillation import Teacher
+from hardmoe.training.loop import TrainingProgress, TrainingReferences, TrainingSinks, train
 from hardmoe.training.losses import start_from_shares
 from hardmoe.training.metrics_log import MetricsLog
 
@@ -53,6 +55,18 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a network begins, and what of it never moves."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """By their names in a `TagClassifier`; whatever has none begins fresh."""
+    holds_decoder: bool = False
+    """Whether the decoder stays as it begins."""
+    holds_until: str | None = None
+    """The stage up to which, and with it, the backbone stays as it begins; None for none."""
+
+
+@dataclass(frozen=True)
 class NetworkJob:
     """One training: what to read, what to build, where to start."""
 
@@ -63,8 +77,9 @@ class NetworkJob:
     vocabulary: InputArtifact
     config: TrainingConfig
     seed: int
-    start: Mapping[str, Tensor] | None = None
-    """Weights to start from; None for fresh ones."""
+    start: Start = Start()
+    teacher: Teacher | None = None
+    """A network whose outputs it follows beside the hashtags."""
     as_often_as_in: InputArtifact | None = None
     """A partition: show every example as often as all its experts together do; None to show each once."""
     num_samples: int | None = None
@@ -115,16 +130,13 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
         examples = examples.shown(num_trained_on(job.as_often_as_in, examples.ids_N16))
     examples = replace(examples, budget=job.num_samples)
     validation = load_examples(job, "validation").labelled()
-    model = build_network(job.architecture, job.seed)
-    if job.start is not None:
-        model.load_state_dict(job.start)
-    elif job.config.loss == "sigmoid" and len(examples):
-        start_from_shares(model.decoder, examples)
+    model = starting_network(job, examples)
     log = MetricsLog()
     checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
     sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)
     device = unit_device(context)
-    result = train(model, examples, job.config, seed=job.seed, device=device, validation=validation, sinks=sinks)
+    references = TrainingReferences(validation, job.teacher)
+    result = train(model, examples, job.config, seed=job.seed, device=device, references=references, sinks=sinks)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with context.output(MODEL_FILE) as out:
         out.write(safetensors.torch.save(weights))
@@ -141,11 +153,27 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
         "final_loss": result.final_loss,
         "validation_precision@1": result.validation_precision_at_1,
     }
+    if any(not parameter.requires_grad for parameter in model.parameters()):
+        payload["trained_parameters"] = sum(each.numel() for each in model.parameters() if each.requires_grad)
     if result.divergence is not None:
         payload["divergence"] = asdict(result.divergence)
+    if result.selection is not None:
+        payload["selection"] = asdict(result.selection)
     with context.output(description_file) as out:
         out.write((json.dumps(payload, indent=1, sort_keys=True) + "\n").encode())
     return payload
+
+
+def starting_network(job: NetworkJob, examples: ExampleSet) -> TagClassifier:
+    """The network of a job before its first step, what is held already without a gradient."""
+    model = build_network(job.architecture, job.seed)
+    model.load_state_dict({**model.state_dict(), **job.start.weights})
+    if job.config.loss == "sigmoid" and "decoder.bias" not in job.start.weights and len(examples):
+        start_from_shares(model.decoder, examples)
+    model.decoder.requires_grad_(not job.start.holds_decoder)
+    if job.start.holds_until is not None:
+        model.backbone.hold(split(model.backbone, job.start.holds_until, job.architecture.backbone).shared)
+    return model
 
 
 def load_examples(job: NetworkJob, split: str) -> ExampleSet:

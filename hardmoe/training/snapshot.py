@@ -42,13 +42,14 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def training_digest(model: nn.Module, examples: ExampleSet, facts: Sequence[Json]) -> str:
+def training_digest(model: nn.Module, examples: ExampleSet, facts: Sequence[Json], teacher: nn.Module | None = None) -> str:
     """Names the training that a checkpoint belongs to: format, facts, examples, initial weights, what is trainable.
 
     Args:
         model: before its first step.
         examples: what it is trained on.
         facts: whatever else decides the weights, such as config and seed.
+        teacher: a network whose outputs it follows.
     """
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     body = [_FORMAT, list(facts), examples.image_size, trainable]
@@ -60,7 +61,8 @@ def training_digest(model: nn.Module, examples: ExampleSet, facts: Sequence[Json
     # An id may be the user's own name of an image that was replaced since; hashing costs a fraction of the decoding.
     for images_B3SS in examples.sequential_images(_BATCH):
         digest.update(images_B3SS.data)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for network in (model,) if teacher is None else (model, teacher):
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

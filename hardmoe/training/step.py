@@ -20,6 +20,7 @@ from hardmoe.training.augment import augment_images, draw_mix
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import seeded_step
+from hardmoe.training.distillation import Teacher
 from hardmoe.training.inference import move_images, normalised
 from hardmoe.training.losses import TagLoss
 from hardmoe.training.optim import set_learning_rate
@@ -38,6 +39,8 @@ class Stepper:
     config: TrainingConfig
     seed: int
     device: torch.device
+    teacher: Teacher | None = None
+    """On the device."""
 
     def take(self, batch: TrainingBatch, step: int, learning_rate: float) -> Tensor:
         """Move the network; returns the loss, float32 on the device, which nothing has waited for."""
@@ -70,6 +73,9 @@ class Stepper:
         with running_statistics_for_single_values(self.model) if alone else nullcontext():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 _, logits_BV = self.model(images_B3SS)
-            loss = self.loss(logits_BV, targets_BV) * share
+                loss = self.loss(logits_BV, targets_BV)
+                if self.teacher is not None:
+                    loss = self.teacher.blended(loss, logits_BV, images_B3SS, self.loss.name)
+            loss = loss * share
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -12,7 +12,8 @@ class TrunkConfig(TrainingConfig):
     """The trunk: trained on the hashtags of all training examples."""
 
     backbone: str = "resnet18"
-    """A torchvision model, `resnet20` to `resnet110`, `quicknet_w<width>`, or `package.module:factory` for your own."""
+    """A torchvision model, `resnet20` to `resnet110`, `quicknet_w<width>`, `timm/<model>` (extra `timm`), or
+    `package.module:factory` for your own."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """First layers of torchvision's ResNets: `small` keeps the resolution of small images; `auto` is `small` up to 64 px."""
     image_size: int = Field(32, ge=8, le=1024)

@@ -12,7 +12,7 @@ from PIL import Image
 from support import run_here, write_recipe
 
 from hardmoe.data.images import load_square
-from hardmoe.mixture import Mixture, _through_float16
+from hardmoe.mixture import Mixture
 
 NETWORKS = ("trunk", "baselines/dense", "experts/expert-0000", "experts/expert-0001")
 SIZE = 16
@@ -69,5 +69,5 @@ def test_mixture_decodes_as_the_run_did(root: Path) -> None:
         for path in root.glob("features/split=test/*")
         for row in pq.read_table(path).to_pylist()
     }
-    found = _through_float16(mixture._trunk, mixture._decoded(images))
+    found = mixture._features(mixture._trunk, mixture._seen(mixture._decoded(images)), np.arange(len(images)))
     np.testing.assert_allclose(found, np.array([stored[identity] for _, _, identity in rows], np.float32), rtol=0, atol=2e-3)

@@ -27,7 +27,7 @@ IDENTITY = """
     trunk.learning_rate trunk.momentum
     trunk.nesterov trunk.weight_decay trunk.warmup_fraction
     trunk.accumulate trunk.optimizer trunk.schedule trunk.beta2 trunk.max_grad_norm trunk.ema_decay
-    trunk.loss trunk.class_weights trunk.label_smoothing
+    trunk.loss trunk.class_weights trunk.label_smoothing trunk.early_stop trunk.keep
     trunk.augment.crop trunk.augment.crop_ratio trunk.augment.flip trunk.augment.jitter trunk.augment.randaugment
     trunk.augment.magnitude trunk.augment.mixup trunk.augment.cutmix
     partition.experts partition.method partition.fine_clusters partition.slack partition.overlap
@@ -38,7 +38,8 @@ IDENTITY = """
     experts.learning_rate experts.momentum
     experts.nesterov experts.weight_decay experts.warmup_fraction
     experts.accumulate experts.optimizer experts.schedule experts.beta2 experts.max_grad_norm experts.ema_decay
-    experts.budget experts.loss experts.class_weights experts.label_smoothing
+    experts.branch_at experts.decoder experts.distill.weight experts.distill.temperature
+    experts.budget experts.loss experts.class_weights experts.label_smoothing experts.early_stop experts.keep
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
     decoder.epochs decoder.align decoder.dim decoder.batch_size decoder.learning_rate decoder.weight_decay
@@ -56,6 +57,10 @@ ADDED = {
     "partition.components": None,
     "partition.spherical": False,
     "experts.budget": "epochs",
+    "experts.branch_at": "image",
+    "experts.decoder": "own",
+    "experts.distill.weight": 0.0,
+    "experts.distill.temperature": 1.0,
     **{
         f"{section}.{key}": default
         for section in ("trunk", "experts")
@@ -69,6 +74,8 @@ ADDED = {
             "loss": "softmax",
             "class_weights": "none",
             "label_smoothing": 0.0,
+            "early_stop": None,
+            "keep": "last",
             "augment.crop": None,
             "augment.crop_ratio": 1.3333,
             "augment.flip": False,
@@ -142,7 +149,7 @@ def test_sections_that_came_later_are_off_until_something_in_them_is_set() -> No
     sections = _sections()
     later = [(section, name) for section in sections.values() for name in section.added_fields()]
     nested = [section.model_fields[name] for section, name in later if isinstance(section.model_fields[name].default, Config)]
-    assert len(nested) == 2
+    assert len(nested) == 3
     for field in nested:
         assert field.default == field.annotation()
         assert field.default.identity() == {}
@@ -173,7 +180,7 @@ def test_written_recipe_is_the_default_recipe(tmp_path: Path) -> None:
 
 def _collect(project: Path, recipe: Path) -> None:
     """Put a small collection where the recipe looks for its large one; `photos/` is there already."""
-    if recipe.name == "icons390k.yaml":
+    if recipe.name in ("icons390k.yaml", "experts_study.yaml"):
         write_package(project / "data" / "iconify" / "package", {"s": {"icons": {"half": {"body": LEFT_HALF}}}})
     elif recipe.name == "yfcc100m.yaml":
         write_yfcc(project / "data" / "yfcc100m", project / "images", num_images=3)

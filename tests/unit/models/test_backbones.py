@@ -5,6 +5,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -29,6 +30,9 @@ from hardmoe.models.backbones import Backbone, TagClassifier, build_backbone, no
         ("vgg11", 32, 4096),
         ("swin_t", 32, 768),
         ("vit_b_32", 32, 768),
+        ("timm/resnet10t", 32, 512),
+        ("timm/mobilenetv3_small_050", 32, 1024),
+        ("timm/vit_tiny_patch16_224", 64, 192),
     ],
 )
 def test_build_backbone_gives_pooled_features_of_the_width_it_states(name: str, image_size: int, num_features: int) -> None:
@@ -179,3 +183,32 @@ def test_a_normalised_pixel_has_the_same_bits_wherever_it_lies(side: int) -> Non
     np.testing.assert_array_equal(normalise_images(pixels).numpy(), expected)
     into = torch.empty(pixels.numel())
     np.testing.assert_array_equal(normalise_images(pixels.flatten(), into).numpy(), expected.ravel())
+
+
+def test_timms_networks_begin_by_the_seed_and_compute_what_timm_computes() -> None:
+    first, second = (build_backbone("timm/resnet10t", image_size=32, seed=5) for _ in range(2))
+    assert all(torch.equal(first.network.state_dict()[name], tensor) for name, tensor in second.network.state_dict().items())
+    assert first.training
+    oracle = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
+    oracle.load_state_dict(first.network.state_dict())
+    images_B3SS = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(first.eval()(images_B3SS), oracle(images_B3SS))
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "sentence"),
+    [
+        ("timm/convnext_ato", 32, r"timm has no model 'convnext_ato'; did you mean timm/convnext_atto"),
+        ("timm/vit_tiny_patch16_224", 8, r"cannot be built for images of 8 pixels"),
+    ],
+)
+def test_what_timm_cannot_build_is_refused_with_the_remedy(name: str, image_size: int, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        build_backbone(name, image_size=image_size, seed=0)
+
+
+def test_timm_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RecipeError, match=r"needs the package timm; pip install 'hardmoe\[timm\]'"):
+        build_backbone("timm/resnet10t", image_size=32, seed=0)

@@ -21,7 +21,7 @@ from hardmoe.storage import LocalStorage
 from hardmoe.training import loop
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import AugmentConfig, TrainingConfig
-from hardmoe.training.loop import TrainingProgress, TrainingResult, TrainingSinks, train
+from hardmoe.training.loop import TrainingProgress, TrainingReferences, TrainingResult, TrainingSinks, train
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.optim import learning_rate_at
 from hardmoe.training.single_values import running_statistics_for_single_values
@@ -55,6 +55,7 @@ def make_model(name: str = "quicknet_w4") -> TagClassifier:
 
 
 EXAMPLES, VALIDATION = make_examples(61), make_examples(21, seed=1)
+REFERENCES = TrainingReferences(VALIDATION)
 
 
 class Killed(Exception):
@@ -91,7 +92,7 @@ class Attempt:
             Checkpoints(self.storage, "checkpoints"), log, watch, lambda: "told to" if next(asked) == self.stop_at else None
         )
         examples = EXAMPLES if self.examples is None else self.examples
-        result = train(model, examples, self.config, seed=self.seed, device=CPU, validation=VALIDATION, sinks=sinks)
+        result = train(model, examples, self.config, seed=self.seed, device=CPU, references=REFERENCES, sinks=sinks)
         return result, model.state_dict(), log.to_bytes()
 
     def resumed_at(self) -> int:
@@ -489,7 +490,7 @@ def test_the_losses_and_weights_are_those_of_a_plain_loop_written_out() -> None:
 def test_validation_scores_equal_a_count_by_hand() -> None:
     model = make_model()
     log = MetricsLog()
-    train(model, EXAMPLES, CONFIG, seed=0, device=CPU, validation=VALIDATION, sinks=TrainingSinks(log=log))
+    train(model, EXAMPLES, CONFIG, seed=0, device=CPU, references=REFERENCES, sinks=TrainingSinks(log=log))
     with torch.inference_mode():
         logits = model(normalise_images(torch.from_numpy(VALIDATION.storage_M3SS)))[1].double().numpy()
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -505,7 +506,7 @@ def test_validation_scores_equal_a_count_by_hand() -> None:
 def test_validation_loss_of_sigmoid_is_the_binary_cross_entropy() -> None:
     model, log = make_model(), MetricsLog()
     config = CONFIG.model_copy(update={"loss": "sigmoid", "learning_rate": 0.1, "label_smoothing": 0.1})
-    train(model, EXAMPLES, config, seed=0, device=CPU, validation=VALIDATION, sinks=TrainingSinks(log=log))
+    train(model, EXAMPLES, config, seed=0, device=CPU, references=REFERENCES, sinks=TrainingSinks(log=log))
     with torch.inference_mode():
         logits = model(normalise_images(torch.from_numpy(VALIDATION.storage_M3SS)))[1].double().numpy()
     present = np.zeros((21, NUM_TAGS), bool)
@@ -530,7 +531,7 @@ def test_examples_without_labels_are_left_out(tmp_path: Path) -> None:
 def test_no_labelled_example_leaves_the_weights_alone_and_writes_an_empty_log(tmp_path: Path) -> None:
     storage, model = LocalStorage(tmp_path), make_model()
     sinks = TrainingSinks(Checkpoints(storage, "checkpoints"), MetricsLog())
-    result = train(model, EXAMPLES.take(np.arange(0)), CONFIG, seed=0, device=CPU, validation=VALIDATION, sinks=sinks)
+    result = train(model, EXAMPLES.take(np.arange(0)), CONFIG, seed=0, device=CPU, references=REFERENCES, sinks=sinks)
     assert result == TrainingResult(0, 0, None, None, (0, 0, 0))
     assert_same_bits(model.state_dict(), make_model().state_dict())
     assert sinks.log is not None
