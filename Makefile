@@ -39,8 +39,8 @@ lint: $(READY) ## Check style and types
 	@echo "ruff format --check" && $(BIN)/ruff format --quiet --check .
 	@echo "mypy --strict hardmoe" && $(BIN)/mypy --no-error-summary hardmoe
 
-test: lint ## Check style and types, then run the tests (about a quarter of an hour on two cores)
-	@echo "pytest" && $(BIN)/pytest
+test: lint ## Check style and types, then run the tests (ten to fifteen minutes on two cores)
+	@echo "pytest" && $(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(READY) ## Run the long campaigns
 	@$(BIN)/pytest -m slow --timeout=3600

@@ -1,9 +1,9 @@
 """One batch of a pass of k-means: every row to its nearest centroid, and all rows into exact sums.
 
 On a CPU a block of rows goes through the matrix product and the three compiled loops of `kernels` while it is in the cache.
-Where Numba is not installed, or a GPU searches, `assign` and `ClusterSums.from_batch` give the same bits by several passes
-over memory. Rejected: skipping the search for rows whose centroid cannot have changed (Hamerly, Elkan), which needs a bound per
-row kept between the passes, and so state that a killed pass would lose.
+Where Numba is not installed, a GPU searches, or the batch is small, `assign` and `ClusterSums.from_batch` give the same bits
+by several passes over memory. Rejected: skipping the search for rows whose centroid cannot have changed (Hamerly, Elkan), which
+needs a bound per row kept between the passes, and so state that a killed pass would lose.
 
 Shape letters: N examples, B rows of a block, D feature dim, K clusters.
 """
@@ -21,6 +21,8 @@ from hardmoe.partitioning.exact_sums import ClusterSums
 
 _BLOCK_PRODUCTS = 2**17
 _LEAST_BLOCK, _LARGEST_BLOCK = 256, 4096
+_LEAST_VALUES = 2**17
+"""A smaller batch is not worth the 2.4 s that compiling takes once a process: several passes over it take 2 ms more."""
 _ROOM = 2.0**30
 """Of a sum of magnitudes, half of what 63 bits hold in steps of 2^-32."""
 
@@ -36,7 +38,7 @@ def scan(features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], en
     Raises:
         DataError: a feature is NaN, infinite or too large to be summed exactly.
     """
-    if engine.on_gpu or len(centroids_KD) == 1 or find_spec("numba") is None:
+    if engine.on_gpu or len(centroids_KD) == 1 or features_ND.size < _LEAST_VALUES or find_spec("numba") is None:
         assignment = assign(features_ND, centroids_KD, engine)
         nowhere_N = np.full(len(features_ND), -1, np.int32)
         found = Assignment(assignment.primary_N, nowhere_N, assignment.squared_distance_N)

@@ -10,6 +10,7 @@ import pytest
 
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.errors import DataError
+from hardmoe.partitioning.config import default_starts
 from hardmoe.pipeline import ExternalInputs, build_stages, identify_inputs
 from hardmoe.recipe import parse_recipe
 from hardmoe.stage import Stage
@@ -57,6 +58,7 @@ def test_fine_clusters_are_identity_of_the_two_level_router_alone() -> None:
         **plain["router"].config["partition"],
         "method": "two_level",
         "fine_clusters": 64,
+        "restarts": default_starts(64),
     }
     assert grouped["router"] == stages_of(partition={"experts": 4, "method": "two_level", "fine_clusters": 64})["router"]
     assert grouped["router"] != stages_of(partition={"experts": 4, "method": "two_level", "fine_clusters": 65})["router"]

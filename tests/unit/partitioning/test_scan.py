@@ -1,4 +1,11 @@
-"""The compiled pass gives the bits of the plain one: same assignment, same distances, same sums."""
+"""The compiled pass gives the bits of the plain one: same assignment, same distances, same sums.
+
+Batches of any size go through the compiled loops here, small ones too, which otherwise are not worth compiling for.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,10 +16,18 @@ from hardmoe.errors import DataError
 from hardmoe.neighbours.assignment import assign, squared_distances
 from hardmoe.neighbours.faiss_engine import FaissEngine
 from hardmoe.partitioning import kernels
+from hardmoe.partitioning import scan as scan_module
 from hardmoe.partitioning.exact_sums import ClusterSums
 from hardmoe.partitioning.scan import scan
 
 ENGINE = FaissEngine()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _batches_of_any_size() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_module, "_LEAST_VALUES", 0)
+        yield
 
 
 def plain(features, centroids):
@@ -84,3 +99,16 @@ def test_distances_are_added_in_the_order_in_which_numpy_adds():
         kept = np.flatnonzero(primary >= 0)
         np.testing.assert_array_equal(squared[kept], squared_distances(features, centroids, kept, primary[kept]))
         assert squared[3] == -7.0
+
+
+@pytest.mark.parametrize(("rows", "compiles"), [(65535, "False"), (65536, "True")])
+def test_small_batches_are_not_worth_compiling_for(rows, compiles):
+    """Every worker that fits anything compiled for 2.4 s, be it for a hundred rows."""
+    program = (
+        "import sys, numpy as np; from hardmoe.neighbours.faiss_engine import FaissEngine;"
+        "from hardmoe.partitioning.scan import scan;"
+        f"scan(np.random.default_rng(0).random(({rows}, 2), np.float32), np.eye(2, dtype=np.float32), FaissEngine());"
+        "print('numba' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert told.strip() == compiles
