@@ -67,7 +67,7 @@ class KeptOpen:
     """A backend that outlives a run, so that the next one finds warm workers."""
 
     def __init__(self, backend: Backend) -> None:
-        self.prepare, self.slots, self.submit, self.wait = backend.prepare, backend.slots, backend.submit, backend.wait
+        self.prepare, self.has_room, self.submit, self.wait = backend.prepare, backend.has_room, backend.submit, backend.wait
 
     def close(self) -> None:
         """Leave the backend as it is."""

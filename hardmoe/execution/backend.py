@@ -1,6 +1,6 @@
 """The seam between the durable workflow and whatever runs units: five methods, nothing about stages or files."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from hardmoe.execution.task import UnitOutcome, UnitTask
@@ -18,8 +18,15 @@ class Backend(Protocol):
         """
         ...
 
-    def slots(self, demand: Resources) -> int:
-        """How many units of this demand to hand over at a time: those that can run, and those that bridge the gaps."""
+    def has_room(self, demand: Resources, handed_over: Mapping[Resources, int]) -> bool:
+        """Whether one more unit of this demand can run beside what was handed over, or wait to bridge the next gap.
+
+        No more wait than that: what waits here has its place, whatever becomes more urgent meanwhile.
+
+        Args:
+            demand: of the unit.
+            handed_over: units at work or waiting, by demand.
+        """
         ...
 
     def submit(self, task: UnitTask) -> None:

@@ -1,7 +1,7 @@
 """The backend without workers: every unit runs in the driver, one at a time. For tests, debuggers and machines without Ray."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from hardmoe.execution.task import UnitOutcome, UnitTask
@@ -18,9 +18,9 @@ class InlineBackend:
     def prepare(self, demands: Iterable[Resources]) -> None:
         """Nothing to start; a unit simply takes what the machine has."""
 
-    def slots(self, demand: Resources) -> int:
+    def has_room(self, demand: Resources, handed_over: Mapping[Resources, int]) -> bool:
         """One unit at a time, and none ahead: its lease would keep other machines from it for nothing."""
-        return 1
+        return not any(handed_over.values())
 
     def submit(self, task: UnitTask) -> None:
         """Note the task."""

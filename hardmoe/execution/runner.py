@@ -194,7 +194,7 @@ class Runner:
     def _has_room(self, demand: Resources) -> bool:
         assert self._backend is not None
         total = len(self._in_flight)
-        return total < (self._options.parallel or total + 1) and self._running[demand] < self._backend.slots(demand)
+        return total < (self._options.parallel or total + 1) and self._backend.has_room(demand, self._running)
 
     def _receive(self) -> None:
         if self._backend is None or not self._in_flight:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,11 @@ class RayBackend:
                     f"'{self._address}' has ({there}); lower num_threads or gpus in the recipe, or add a larger node"
                 )
 
-    def slots(self, demand: Resources) -> int:
-        """Units of this demand that fit on the nodes, all told, and one to follow the first that is done."""
-        return self._fitting(demand) + _QUEUED_AHEAD
+    def has_room(self, demand: Resources, handed_over: Mapping[Resources, int]) -> bool:
+        """As many of this demand as fit on the nodes, and of all together as there are CPUs; and one to follow the first done."""
+        cpus = sum(other.num_cpus * count for other, count in handed_over.items())
+        there = sum(node.get("CPU", 0.0) for node in self._nodes)
+        return handed_over.get(demand, 0) < self._fitting(demand) + _QUEUED_AHEAD and cpus < there + _QUEUED_AHEAD
 
     def _fitting(self, demand: Resources) -> int:
         gpus = self._gpus(demand)

@@ -242,9 +242,9 @@ class ScriptedBackend:
     def prepare(self, demands: object) -> None:
         """Nothing to start."""
 
-    def slots(self, demand: Resources) -> int:
-        """The number of workers."""
-        return self.workers
+    def has_room(self, demand: Resources, handed_over: Mapping[Resources, int]) -> bool:
+        """As many as there are workers."""
+        return handed_over.get(demand, 0) < self.workers
 
     def submit(self, task: UnitTask) -> None:
         """Note the task."""

@@ -70,6 +70,20 @@ def test_runs_units_on_workers_survives_their_death_and_equals_inline(
     assert not [process for process in psutil.Process().children(recursive=True) if "ray" in " ".join(process.cmdline())]
 
 
+def test_units_of_several_demands_share_the_cpus_and_one_waits_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each demand once had a queue of its own in Ray: trainings that waited there took the CPUs of units that all waited for."""
+    backend = RayBackend("local")
+    monkeypatch.setattr(backend, "_nodes", [{"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}])
+    training, routing, wide = Resources(1, 1.0), Resources(1, 0.0), Resources(2, 0.0)
+    assert backend.has_room(training, {training: 1})
+    assert not backend.has_room(training, {training: 2}), "one runs and one waits for the GPU"
+    assert backend.has_room(routing, {training: 2, routing: 2})
+    assert not backend.has_room(routing, {training: 2, routing: 3}), "four run and one waits"
+    assert backend.has_room(wide, {wide: 2})
+    assert not backend.has_room(wide, {wide: 3})
+    assert not backend.has_room(routing, {wide: 3})
+
+
 _DRIVER = """
 import signal, sys
 sys.path[:0] = [{here!r}, {tests!r}]

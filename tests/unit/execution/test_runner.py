@@ -1,6 +1,7 @@
 """The workflow on one root with one driver: what runs, what runs again, what fails, and what everybody else does meanwhile."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,8 +184,8 @@ def test_unit_that_waits_for_a_gpu_holds_up_no_unit_without(root: Path) -> None:
     """The queue once had one head: a long GPU unit with no GPU free kept all CPU slots empty behind it."""
 
     class OneGpu(ScriptedBackend):
-        def slots(self, demand: Resources) -> int:
-            return 1 if demand.num_gpus else 3
+        def has_room(self, demand: Resources, handed_over: Mapping[Resources, int]) -> bool:
+            return handed_over.get(demand, 0) < (1 if demand.num_gpus else 3)
 
     backend = OneGpu()
     gpu, cpu = Resources(1, 1.0), Resources(1, 0.0)
