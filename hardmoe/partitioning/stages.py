@@ -52,3 +52,15 @@ def partition_stage(config: PartitionConfig, seed: int, name: str = "partition")
         inputs={"dataset": "dataset", "features": "features", **routed},
         work="hardmoe.partitioning.regroup:PartitionWork",
     )
+
+
+def nearest_stage(top_k: int, name: str) -> Stage:
+    """The k nearest experts of the validation and the test split."""
+    return Stage(
+        name=name,
+        kind="nearest",
+        version=1,
+        config={"top_k": top_k},
+        inputs={"features": "features", "router": "router"},
+        work="hardmoe.partitioning.nearest:NearestWork",
+    )

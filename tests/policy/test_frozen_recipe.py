@@ -43,7 +43,8 @@ IDENTITY = """
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
     decoder.epochs decoder.align decoder.rank decoder.dim decoder.temperature decoder.loss decoder.classes decoder.sampled_tags
     decoder.batch_size decoder.learning_rate decoder.weight_decay
-    evaluation.dense_baseline evaluation.random_partition evaluation.bootstrap_replicates evaluation.map_replicates
+    evaluation.dense_baseline evaluation.random_partition evaluation.top_k
+    evaluation.bootstrap_replicates evaluation.map_replicates
     seed
 """
 """What is computed: a change of any of these is another run."""
@@ -57,6 +58,7 @@ ADDED = {
     "partition.components": None,
     "partition.spherical": False,
     "experts.budget": "epochs",
+    "evaluation.top_k": None,
     "decoder.rank": 8,
     "decoder.temperature": None,
     "decoder.loss": "softmax",
