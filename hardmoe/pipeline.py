@@ -17,14 +17,21 @@ from hardmoe.data.sources.registry import open_source
 from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_followers, with_source
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError, RecipeError
-from hardmoe.evaluation.stage import System, evaluation_stage
+from hardmoe.evaluation.stage import System, evaluation_stage, temperature_stage
 from hardmoe.experts.origin import Origin, identify_origin
-from hardmoe.experts.stages import dense_stage, embeddings_stage, expert_name, expert_stage, match_name
+from hardmoe.experts.stages import (
+    dense_stage,
+    embeddings_stage,
+    expert_name,
+    expert_stage,
+    match_name,
+    nearest_embeddings_stage,
+)
 from hardmoe.features.files import features_inventory
 from hardmoe.features.stage import external_features_stage, features_stage
 from hardmoe.partitioning import advice_stages
 from hardmoe.partitioning.config import PartitionConfig
-from hardmoe.partitioning.stages import match_stage, partition_stage, router_stage
+from hardmoe.partitioning.stages import match_stage, nearest_stage, partition_stage, router_stage
 from hardmoe.recipe import Recipe
 from hardmoe.report.stage import report_stage
 from hardmoe.stage import Stage
@@ -35,6 +42,7 @@ DENSE = "baselines/dense"
 DENSE_EMBEDDINGS = "baselines/dense_embeddings"
 DENSE_REFIT = "baselines/dense_refit"
 RANDOM = "baselines/random"
+TOP_K = "topk"
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
         systems |= _dense(recipe, stages, external.origin)
     systems["experts_own_decoder"] = System(mixture.embeddings, "embedding", mixture.experts, shared=False)
     systems["mixture"] = System(mixture.embeddings, "embedding", (mixture.decoder,), shared=True)
+    if recipe.evaluation.top_k is not None:
+        systems["mixture_topk"] = _top_k(recipe, stages, mixture, recipe.evaluation.top_k)
     if recipe.evaluation.random_partition:
         random = _random(recipe, stages, external.origin)
         systems["random_partition"] = System(random.embeddings, "embedding", (random.decoder,), shared=True)
@@ -188,6 +198,15 @@ def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, Sys
         "dense": System(DENSE_EMBEDDINGS, "embedding", (DENSE,), shared=False),
         "dense_refit": System(DENSE_EMBEDDINGS, "embedding", (DENSE_REFIT,), shared=True),
     }
+
+
+def _top_k(recipe: Recipe, stages: list[Stage], mixture: Mixture, top_k: int) -> System:
+    """Add what several experts say of held-out images, and how to weigh them."""
+    nearest, embeddings, temperature = f"{TOP_K}/nearest", f"{TOP_K}/embeddings", f"{TOP_K}/temperature"
+    stages.append(nearest_stage(top_k, nearest))
+    stages.append(nearest_embeddings_stage(embeddings, nearest, dict(enumerate(mixture.experts))))
+    stages.append(temperature_stage(temperature, embeddings, mixture.decoder))
+    return System(embeddings, "embedding", (mixture.decoder,), shared=True, temperature=temperature)
 
 
 def _random(recipe: Recipe, stages: list[Stage], origin: Origin) -> Mixture:

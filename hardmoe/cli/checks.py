@@ -12,6 +12,7 @@ from hardmoe.artifacts.store import Artifact, find_reusable
 from hardmoe.cli.common import RECIPE_FILE
 from hardmoe.data.given_parts import check_parts
 from hardmoe.data.splits import check_test_examples, check_test_labels
+from hardmoe.decoder.config import DecoderConfig
 from hardmoe.errors import MissingRecordError, RebuiltInputError, RecipeError
 from hardmoe.execution.plan import Plan
 from hardmoe.recipe import Recipe
@@ -43,8 +44,8 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
         _check_components(recipe.partition.components, _features_width(recipe, plan))
     if missing & {*_NETWORKS, "decoder"}:
         width = _probed_width(recipe) if missing & {*_NETWORKS} else _trained_width(recipe, plan)
-        if width is not None and recipe.decoder.dim is not None:
-            _check_decoder(recipe.decoder.dim, width)
+        if width is not None:
+            _check_decoder(recipe.decoder, width)
     if missing & {*_NETWORKS} and recipe.experts.shared_stage is not None:
         from hardmoe.models.probe import check_branch
 
@@ -168,7 +169,12 @@ def _check_components(components: int, width: int | None) -> None:
         )
 
 
-def _check_decoder(dim: int, width: int) -> None:
-    from hardmoe.models.shared_decoder import check_width
+def _check_decoder(config: DecoderConfig, width: int) -> None:
+    if config.dim is None and config.align != "lowrank":
+        return
+    from hardmoe.models.shared_decoder import check_rank, check_width
 
+    dim = width if config.dim is None else config.dim
     check_width(dim, width)
+    if config.align == "lowrank":
+        check_rank(config.rank, dim, width)

@@ -102,5 +102,9 @@ given or balanced part may be farther away than the second, which is then where 
 not `primary` is of a copy: another expert that trains on the example as well; it has no second."""
 EMBEDDINGS = pa.schema([("example_id", ID_TYPE), ("expert", pa.int32()), ("embedding", pa.list_(pa.float16()))])
 """`embeddings/split=…`: the expert's own features, before alignment."""
+NEAREST = pa.schema([("example_id", ID_TYPE), ("expert", pa.int32()), ("squared_distance", pa.float64())])
+"""`topk/nearest/split=…`: the k nearest experts of every held-out example, k rows one after another, the nearest first."""
+NEAREST_EMBEDDINGS = NEAREST.append(pa.field("embedding", pa.list_(pa.float16())))
+"""`topk/embeddings/split=…`: the same with each expert's own features."""
 
 SPLITS = ("train", "validation", "test")

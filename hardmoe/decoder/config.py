@@ -4,7 +4,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hardmoe.config import Config, operational
+from hardmoe.config import Config, added, operational
+from hardmoe.training.config import LossName
+
+_RANK, _SAMPLED_TAGS = 8, 8192
+Classes = Literal["full", "sharded", "sampled"]
 
 
 class DecoderConfig(Config):
@@ -13,11 +17,30 @@ class DecoderConfig(Config):
     epochs: int = Field(6, ge=1)
     """Passes over the cached embeddings; a pass costs seconds, as no network runs."""
 
-    align: Literal["affine", "none"] = "affine"
-    """`affine`: an affine map per expert into the unified space; `none`: the experts' own features are that space."""
+    align: Literal["affine", "lowrank", "scale", "none"] = "affine"
+    """Each expert's map into the unified space. `affine`: a matrix and a bias of its own; `lowrank`: a correction of rank
+    `rank` to one matrix of all experts; `scale`: a factor and a bias per feature; `none`: the features are that space."""
+
+    rank: int = added(_RANK, ge=1)
+    """Rank of each expert's correction under `align: lowrank`."""
 
     dim: int | None = Field(None, ge=1)
-    """Width of the unified space; null for the experts' width, at most twice that. Needs `align: affine`."""
+    """Width of the unified space; null for the experts' width, at most twice that. Needs `align: affine` or `lowrank`."""
+
+    temperature: float | None = added(None, gt=0)
+    """A number makes the decoder one of cosines, cos / temperature + bias, with the temperature learned from there on (0.05 is a
+    usual start); null for inner products."""
+
+    loss: LossName = added("softmax")
+    """As for a network: `softmax`, `one_tag` or `sigmoid`; the last starts with biases at the hashtags' log odds."""
+
+    classes: Classes = added("full")
+    """`full`: a batch's logits of all hashtags at once; `sharded`: the same loss and gradient a few thousand hashtags at a time,
+    in memory that does not grow with their number, for a third more arithmetic; `sampled`: estimated from the batch's hashtags
+    and about `sampled_tags` others, the frequent ones rather, for vocabularies that are too dear to compute in full."""
+
+    sampled_tags: int = added(_SAMPLED_TAGS, ge=1)
+    """Hashtags in the mean step of `classes: sampled`, beside those of the batch."""
 
     batch_size: int = Field(512, ge=1)
     """Examples per step at most; the batches of an epoch differ by at most one example."""
@@ -31,11 +54,26 @@ class DecoderConfig(Config):
     checkpoint_every_steps: int | None = operational(500, ge=1)
     """Steps between checkpoints; null for none."""
 
+    memory_gib: float = operational(4.0, gt=0)
+    """Memory for the cached embeddings, in GiB. What needs more is put in order on local disk (TMPDIR), with the same result."""
+
     num_threads: int = operational(1, ge=1)
     """CPU threads of the fit. Results are the same bytes only for the same number."""
 
     @model_validator(mode="after")
     def _width_needs_alignment(self) -> Self:
-        if self.align == "none" and self.dim is not None:
-            raise ValueError(f"dim: {self.dim} needs align: affine; without alignment the width is the experts'. Set dim: null")
+        if self.align in ("none", "scale") and self.dim is not None:
+            raise ValueError(
+                f"dim: {self.dim} needs align: affine or lowrank; with {self.align} the width is the experts'. Set dim: null"
+            )
+        if self.align != "lowrank" and self.rank != _RANK:
+            raise ValueError(f"rank: {self.rank} is read by align: lowrank only; take it out, or set align: lowrank")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_need_sampling(self) -> Self:
+        if self.classes != "sampled" and self.sampled_tags != _SAMPLED_TAGS:
+            raise ValueError(
+                f"sampled_tags: {self.sampled_tags} is read by classes: sampled only; take it out, or set classes: sampled"
+            )
         return self

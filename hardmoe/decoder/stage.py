@@ -9,7 +9,7 @@ def decoder_stage(config: DecoderConfig, experts: int, seed: int, name: str = "d
     return Stage(
         name=name,
         kind="decoder",
-        version=1,
+        version=2,
         config={"decoder": config.identity(), "experts": experts, "seed": seed},
         operational={"decoder": config.operational_values()},
         inputs={"embeddings": embeddings, "vocabulary": "vocabulary", "trunk": "trunk"},

@@ -1,20 +1,28 @@
 """The decoder stage: one unit that fits alignment and decoder over cached embeddings. No expert is run, or even read."""
 
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import torch
 
 from hardmoe.config import Json
-from hardmoe.data.reading import labels_of
+from hardmoe.data.reading import labels_of, num_tags
 from hardmoe.data.schemas import EMBEDDINGS
 from hardmoe.decoder.config import DecoderConfig
-from hardmoe.decoder.fit import EmbeddingSet, fit
-from hardmoe.models.shared_decoder import DECODER_FILE, SharedDecoder
+from hardmoe.decoder.embeddings import EmbeddingSet, ExampleSource
+from hardmoe.decoder.fit import fit, fit_seed
+from hardmoe.decoder.objective import VALIDATION_SEED
+from hardmoe.decoder.streaming import SpilledEmbeddings, example_bytes, num_buckets_for
+from hardmoe.models.shared_decoder import DECODER_FILE, DecoderForm, SharedDecoder
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.loop import TrainingSinks
+from hardmoe.training.losses import log_odds_of_shares
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.network import METRICS_FILE, load_weights, progress_teller, unit_device
 
@@ -30,14 +38,27 @@ class DecoderWork:
     def run(self, context: UnitContext) -> Json:
         """Fit."""
         config = context.stage.section(DecoderConfig, "decoder")
-        experts, seed = context.stage.config["experts"], context.stage.config["seed"]
+        seed = context.stage.config["seed"]
         embeddings, vocabulary = context.input("embeddings"), context.input("vocabulary")
-        training = load_embeddings(embeddings, vocabulary, "train")
-        validation = load_embeddings(embeddings, vocabulary, "validation")
-        start = load_weights(context.input("trunk"))
+        with ExitStack() as stack:
+            training = open_embeddings(embeddings, vocabulary, "train", config, fit_seed(seed))
+            validation = open_embeddings(embeddings, vocabulary, "validation", config, VALIDATION_SEED)
+            for examples in (training, validation):
+                if isinstance(examples, SpilledEmbeddings):
+                    stack.callback(examples.close)
+            return self._fit(context, config, training, validation)
+
+    def _fit(self, context: UnitContext, config: DecoderConfig, training: ExampleSource, validation: ExampleSource) -> Json:
+        experts, seed = context.stage.config["experts"], context.stage.config["seed"]
+        embeddings, start = context.input("embeddings"), load_weights(context.input("trunk"))
+        form = DecoderForm(config.align, config.dim, config.rank, config.temperature)
         model = SharedDecoder.initial(
-            experts, embeddings.payload["dim"], config.dim, start["decoder.weight"], start["decoder.bias"], seed, config.align
-        ).to(unit_device(context))
+            experts, embeddings.payload["dim"], start["decoder.weight"], start["decoder.bias"], seed, form
+        )
+        if config.loss == "sigmoid":
+            log_odds_V = log_odds_of_shares(training.tag_counts(model.num_tags), len(training))
+            model.decoder.bias.data.copy_(torch.from_numpy(log_odds_V))
+        model.to(unit_device(context))
         log = MetricsLog()
         checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
         sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)
@@ -59,12 +80,37 @@ class DecoderWork:
         }
 
 
-def load_embeddings(embeddings: InputArtifact, vocabulary: InputArtifact, split: str) -> EmbeddingSet:
-    """A split's cached embeddings with their labels."""
-    tables = [read_table(embeddings.storage, path, EMBEDDINGS) for path in embeddings.files(f"split={split}/")]
+def open_embeddings(
+    embeddings: InputArtifact, vocabulary: InputArtifact, split: str, config: DecoderConfig, seed: int
+) -> EmbeddingSet | SpilledEmbeddings:
+    """A split's labelled examples, in memory if the whole artifact fits into `config.memory_gib` twice, else on disk.
+
+    Args:
+        embeddings: the artifact.
+        vocabulary: where the labels are.
+        split: which.
+        config: the recipe's section.
+        seed: of the epochs that they will be asked for.
+    """
     dim: int = embeddings.payload["dim"]
-    ids_N16 = np.concatenate([np.zeros((0, 16), np.uint8), *(ids_to_array(t.column("example_id")) for t in tables)])
-    vectors_NE = np.concatenate([np.zeros((0, dim), np.float16), *(vectors_to_array(t.column("embedding")) for t in tables)])
-    experts_N = np.concatenate([np.zeros(0, np.int32), *(t.column("expert").to_numpy() for t in tables)]).astype(np.int32)
-    labels = labels_of(vocabulary, ids_N16, split=split)
-    return EmbeddingSet.from_rows(ids_N16, vectors_NE, experts_N, labels.indices_L, labels.offsets)
+    pieces = _pieces(embeddings, vocabulary, split)
+    num_bytes, memory_bytes = embeddings.payload["rows"] * example_bytes(dim), int(config.memory_gib * 2**30)
+    # Twice, since the shards and the array that they are joined in are there at once.
+    if 2 * num_bytes > memory_bytes:
+        buckets = num_buckets_for(num_bytes, memory_bytes)
+        return SpilledEmbeddings(pieces, dim, buckets, Path(tempfile.gettempdir()), seed)
+    found = EmbeddingSet.joined([EmbeddingSet.empty(dim), *pieces])
+    return EmbeddingSet.from_rows(found.ids_N16, found.embeddings_NE, found.experts_N, found.label_indices_L, found.label_offsets)
+
+
+def _pieces(embeddings: InputArtifact, vocabulary: InputArtifact, split: str) -> Iterator[EmbeddingSet]:
+    """A split's labelled examples, shard by shard, checked."""
+    shards, tags = embeddings.files(f"split={split}/"), num_tags(vocabulary)
+    for index, path in enumerate(shards):
+        table = read_table(embeddings.storage, path, EMBEDDINGS)
+        ids_N16 = ids_to_array(table.column("example_id"))
+        labels = labels_of(vocabulary, ids_N16, split=split, near=(index, len(shards)))
+        experts_N = table.column("expert").to_numpy().astype(np.int32)
+        vectors_NE = vectors_to_array(table.column("embedding"))
+        some = EmbeddingSet(ids_N16, vectors_NE, experts_N, labels.indices_L, labels.offsets)
+        yield some.usable(tags, embeddings.payload["experts"])

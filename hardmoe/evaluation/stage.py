@@ -19,6 +19,8 @@ class System:
     """One artifact with a decoder of its own per expert; or a single shared one."""
     shared: bool
     """Whether the decoder is a shared one, with alignment."""
+    temperature: str | None = None
+    """Artifact with the temperature of a mixture of several experts per image, whose embeddings are those of all of them."""
 
 
 def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], seed: int) -> Stage:
@@ -30,6 +32,9 @@ def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], se
         for index, decoder in enumerate(system.decoders):
             inputs[f"{name}:decoder-{index:04d}"] = decoder
         described[name] = {"column": system.column, "decoders": len(system.decoders), "shared": system.shared}
+        if system.temperature is not None:
+            inputs[f"{name}:temperature"] = system.temperature
+            described[name]["topk"] = True
     return Stage(
         name="evaluation",
         kind="evaluation",
@@ -37,4 +42,16 @@ def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], se
         config={"evaluation": config.identity(), "systems": described, "seed": seed},
         inputs=inputs,
         work="hardmoe.evaluation.work:EvaluationWork",
+    )
+
+
+def temperature_stage(name: str, embeddings: str, decoder: str) -> Stage:
+    """T, fitted on the validation split."""
+    return Stage(
+        name=name,
+        kind="topk-temperature",
+        version=1,
+        config={},
+        inputs={"embeddings": embeddings, "decoder": decoder, "vocabulary": "vocabulary"},
+        work="hardmoe.evaluation.topk:TemperatureWork",
     )

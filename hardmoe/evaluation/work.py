@@ -8,7 +8,7 @@ Shape letters: N examples, D features, V tags, B replicates.
 """
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from hardmoe.evaluation.bootstrap import interval_result, null_result, paired_re
 from hardmoe.evaluation.config import EvaluationConfig
 from hardmoe.evaluation.metrics import METRICS, RankingSums, paired_difference
 from hardmoe.evaluation.scoring import build_scorer
+from hardmoe.evaluation.topk import build_topk_scorer, read_topk
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
 from hardmoe.storage import Storage
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
@@ -33,6 +34,7 @@ METRICS_FILE = "metrics.json"
 COMPARED = "mixture"
 """Every other system's metrics are also given as a paired difference from this one's."""
 _BATCH = 1024
+Scores = NDArray[np.float32]
 
 
 class EvaluationWork:
@@ -70,17 +72,15 @@ def _score(context: UnitContext) -> Json:
     config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
     system = context.unit.arguments["system"]
     described = context.stage.config["systems"][system]
-    ids_N16, features_ND, experts_N = _read(context, system, described["column"])
+    ids_N16, score_rows = _scored_rows(context, system, described)
     shards = context.input(f"{system}:embeddings").files("split=test/")
     near = (shards.index(context.unit.arguments["path"]), len(shards))
     labels = labels_of(context.input("vocabulary"), ids_N16, split="test", near=near)
-    decoders = [context.input(f"{system}:decoder-{index:04d}") for index in range(described["decoders"])]
-    scorer = build_scorer(decoders, described["shared"])
     sums: list[RankingSums] = []
     kept: list[AveragePrecisionScores] = []
     for start in range(0, len(ids_N16), _BATCH):
         rows = slice(start, min(start + _BATCH, len(ids_N16)))
-        scores_NV = scorer(features_ND[rows], experts_N[rows])
+        scores_NV = score_rows(rows)
         some = _rows(labels, rows)
         sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, seed))
         kept.append(AveragePrecisionScores.from_scores(scores_NV, some, ids_N16[rows]))
@@ -95,6 +95,18 @@ def _score(context: UnitContext) -> Json:
     with context.scratch("facts") as out:
         out.write(json.dumps(facts).encode())
     return facts
+
+
+def _scored_rows(context: UnitContext, system: str, described: Json) -> tuple[NDArray[np.uint8], Callable[[slice], Scores]]:
+    """The ids of one shard [N, 16], and what scores some of its rows: float32 [n, V]."""
+    decoders = [context.input(f"{system}:decoder-{index:04d}") for index in range(described["decoders"])]
+    if described.get("topk"):
+        mixed = build_topk_scorer(decoders[0], context.input(f"{system}:temperature"))
+        shard = read_topk(context.input(f"{system}:embeddings"), context.unit.arguments["path"])
+        return shard.ids_N16, lambda rows: mixed(shard.features_NkE[rows], shard.experts_Nk[rows], shard.squared_Nk[rows])
+    scorer = build_scorer(decoders, described["shared"])
+    ids_N16, features_ND, experts_N = _read(context, system, described["column"])
+    return ids_N16, lambda rows: scorer(features_ND[rows], experts_N[rows])
 
 
 def _read(context: UnitContext, system: str, column: str) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:

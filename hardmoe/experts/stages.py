@@ -86,3 +86,16 @@ def embeddings_stage(name: str, examples: str, networks: Mapping[int, str], part
         work="hardmoe.experts.embed:EmbeddingsWork",
         resources=Resources(num_cpus=1, num_gpus=None),
     )
+
+
+def nearest_embeddings_stage(name: str, nearest: str, networks: Mapping[int, str]) -> Stage:
+    """The embeddings of the pairs that `nearest` lists."""
+    return Stage(
+        name=name,
+        kind="nearest-embeddings",
+        version=1,
+        config={"experts": len(networks)},
+        inputs={"dataset": "dataset", "nearest": nearest, **{expert_name(e): network for e, network in networks.items()}},
+        work="hardmoe.experts.nearest:NearestEmbeddingsWork",
+        resources=Resources(num_cpus=1, num_gpus=None),
+    )

@@ -1,16 +1,19 @@
-"""The shared decoder: an affine alignment per expert, then one linear decoding layer over the unified space.
+"""The shared decoder: an alignment per expert, then one linear decoding layer over the unified space.
 
-    z = A_e h + b_e        alignment.weight [K, Z, E], alignment.bias [K, Z]
-    logits = D z + d       decoder.weight [V, Z], decoder.bias [V]
+    z = A_e h + b_e                              see `alignment`, which has smaller maps too
+    logits = D z + d                             decoder.weight [V, Z], decoder.bias [V]
+    logits_v = exp(t) cos(D_v, z) + d_v          the same with decoder.log_scale t, where a temperature is given
 
 Independently trained experts' features do not lie in one space; a plain shared decoder gives away most of what the
 mixture gained, and a per-expert affine map wins it back at one decoder and one space for neighbours. Rejected: a decoder
 per expert (no common space), and concatenating the experts' features (K times the width is K private decoders in disguise).
 
-Shape letters: B batch, E features of an expert, Z unified dims, V tags, K experts, n examples of one expert.
+Shape letters: B batch, E features of an expert, Z unified dims, V tags, K experts, R rank, T some of the tags.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import safetensors.torch
 import torch
@@ -20,6 +23,7 @@ from torch.nn import functional
 
 from hardmoe.errors import CorruptFileError, RecipeError
 from hardmoe.hashing import derive_seed
+from hardmoe.models.alignment import AffineAlignment, Alignment, LowRankAlignment, ScaleAlignment, alignment_from_tensors
 from hardmoe.stage import InputArtifact
 
 DECODER_FILE = "decoder.safetensors"
@@ -28,13 +32,32 @@ EXTRA_SCALE = 0.1
 """Length of the further rows of an alignment at the start: small, so that z is close to h; on synthetic blobs 1 did as well."""
 
 
-class _Affine(nn.Module):
-    """A weight and a bias, given."""
+_START_LENGTH = 0.1
+"""Length of a tag's first weights under a cosine where the trunk's cannot be taken: a zero vector has no direction."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+
+@dataclass(frozen=True)
+class DecoderForm:
+    """Which maps, and how wide."""
+
+    align: str = "affine"
+    """`affine`, `lowrank`, `scale` or `none`."""
+    dim: int | None = None
+    """Z; None for the experts' width, as `scale` and `none` need."""
+    rank: int = 8
+    """R, of `lowrank`."""
+    temperature: float | None = None
+    """Where the scale of a cosine decoder begins, as 1 / temperature; None for plain inner products."""
+
+
+class _Linear(nn.Module):
+    """The decoding layer's weights, given."""
+
+    def __init__(self, weight_VZ: Tensor, bias_V: Tensor, log_scale: Tensor | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)
+        self.weight = nn.Parameter(weight_VZ)
+        self.bias = nn.Parameter(bias_V)
+        self.log_scale = None if log_scale is None else nn.Parameter(log_scale)
 
 
 def check_width(dim: int, num_features: int) -> None:
@@ -50,75 +73,95 @@ def check_width(dim: int, num_features: int) -> None:
         )
 
 
+def check_rank(rank: int, dim: int, num_features: int) -> None:
+    """Hold the rank of a low-rank alignment against the maps that it corrects.
+
+    Raises:
+        RecipeError: it is no lower than theirs.
+    """
+    if rank >= min(dim, num_features):
+        raise RecipeError(
+            f"decoder.rank {rank} is no less than the rank of a full map from {num_features} to {dim} dimensions; "
+            f"set it to at most {min(dim, num_features) - 1}, or decoder.align: affine"
+        )
+
+
 class SharedDecoder(nn.Module):
     """Alignment and decoder over K experts' features.
 
     Args:
         decoder_weight_VZ: float [V, Z].
         decoder_bias_V: float [V].
-        alignment_weight_KZE: float [K, Z, E], or None for no alignment (the features are the unified space, Z = E).
-        alignment_bias_KZ: float [K, Z], or None with it.
+        alignment: the experts' maps, or None for none (the features are the unified space, Z = E).
+        log_scale: float scalar, which makes the decoder one of cosines; or None.
     """
 
     def __init__(
         self,
         decoder_weight_VZ: Tensor,
         decoder_bias_V: Tensor,
-        alignment_weight_KZE: Tensor | None = None,
-        alignment_bias_KZ: Tensor | None = None,
+        alignment: Alignment | None = None,
+        log_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.alignment: _Affine | None = None
-        if alignment_weight_KZE is not None and alignment_bias_KZ is not None:
-            self.alignment = _Affine(alignment_weight_KZE, alignment_bias_KZ)
-        self.decoder = _Affine(decoder_weight_VZ, decoder_bias_V)
+        self.alignment = alignment
+        self.decoder = _Linear(decoder_weight_VZ, decoder_bias_V, log_scale)
 
     @classmethod
     def initial(
         cls,
         num_experts: int,
         num_features: int,
-        dim: int | None,
         start_weight_VE: Tensor,
         start_bias_V: Tensor,
         seed: int,
-        align: str = "affine",
+        form: DecoderForm = DecoderForm(),
     ) -> "SharedDecoder":
         """Start from the trunk's decoder and the identity alignment, the same for every expert.
 
         The first logits are then those of the trunk's decoder on the experts' features (for Z < E, of its best rank-Z
-        approximation). Where Z > E, every alignment gets the same seeded random orthonormal rows below the identity,
-        and the decoder's further columns are zero: were both zero, neither would have a gradient and they would stay so.
+        approximation); under a cosine, their directions are. Where Z > E, every alignment gets the same seeded random orthonormal
+        rows below the identity, and the decoder's further columns are zero: were both zero, neither would have a gradient and
+        they would stay so. For the same reason a low-rank correction begins with random rows on the right and zero on the left.
 
         Args:
             num_experts: K.
             num_features: E, the experts' width.
-            dim: Z, or None for E.
             start_weight_VE: the trunk's decoder, float [V, E]; of another width (an expert's network may differ from the
-                trunk's) only the tags count, and the decoder starts from zero weights.
+                trunk's) only the tags count, and the decoder starts from zero weights, a cosine from random ones.
             start_bias_V: its bias, float [V].
             seed: the recipe's seed.
-            align: `affine` or `none`.
+            form: which maps, and how wide.
 
         Raises:
-            RecipeError: if `dim` is more than twice the experts' width.
+            RecipeError: if `dim` is more than twice the experts' width, or `rank` not below a full map's.
         """
-        width = num_features if dim is None else dim
+        width = num_features if form.dim is None else form.dim
         check_width(width, num_features)
         start_weight_VE = start_weight_VE.detach().float().cpu()
         if start_weight_VE.shape[1] != num_features:
             start_weight_VE = torch.zeros(start_weight_VE.shape[0], num_features)
+            if form.temperature is not None:
+                start_weight_VE = _random_rows(start_weight_VE.shape, seed) * _START_LENGTH
         start_bias_V = start_bias_V.detach().float().cpu().clone()
-        if align == "none":
-            return cls(start_weight_VE.clone(), start_bias_V)
+        log_scale = None if form.temperature is None else torch.tensor(-math.log(form.temperature))
+        if form.align in ("none", "scale"):
+            scale = ScaleAlignment(torch.ones(num_experts, width), torch.zeros(num_experts, width))
+            return cls(start_weight_VE.clone(), start_bias_V, scale if form.align == "scale" else None, log_scale)
         weight_ZE, decoder_VZ = _initial_maps(start_weight_VE, width, seed)
-        return cls(decoder_VZ, start_bias_V, weight_ZE.repeat(num_experts, 1, 1), torch.zeros(num_experts, width))
+        bias_KZ = torch.zeros(num_experts, width)
+        if form.align == "affine":
+            return cls(decoder_VZ, start_bias_V, AffineAlignment(weight_ZE.repeat(num_experts, 1, 1), bias_KZ), log_scale)
+        check_rank(form.rank, width, num_features)
+        right_KRE = _orthonormal_rows(form.rank, num_features, derive_seed(seed, "decoder", "lowrank")).repeat(num_experts, 1, 1)
+        low_rank = LowRankAlignment(weight_ZE, torch.zeros(num_experts, width, form.rank), right_KRE, bias_KZ)
+        return cls(decoder_VZ, start_bias_V, low_rank, log_scale)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "SharedDecoder":
         """Build from a state dict, as loaded from `decoder.safetensors`."""
-        weight, bias = tensors["decoder.weight"], tensors["decoder.bias"]
-        return cls(weight, bias, tensors.get("alignment.weight"), tensors.get("alignment.bias"))
+        alignment = alignment_from_tensors(tensors)
+        return cls(tensors["decoder.weight"], tensors["decoder.bias"], alignment, tensors.get("decoder.log_scale"))
 
     @property
     def dim(self) -> int:
@@ -128,7 +171,7 @@ class SharedDecoder(nn.Module):
     @property
     def num_experts(self) -> int | None:
         """K, or None without alignment, where the experts are all alike."""
-        return None if self.alignment is None else int(self.alignment.weight.shape[0])
+        return None if self.alignment is None else self.alignment.num_experts
 
     @property
     def num_tags(self) -> int:
@@ -137,9 +180,6 @@ class SharedDecoder(nn.Module):
 
     def align(self, embeddings_BE: Tensor, experts_B: Tensor) -> Tensor:
         """Map every expert's features into the unified space.
-
-        Examples are grouped by expert, so a step costs one small product per expert present. Gathering A_e for every
-        example would move B·Z·E numbers instead, 37 MB at 512 x 192 x 96.
 
         Args:
             embeddings_BE: float [B, E], of any precision; computed in the parameters'.
@@ -154,23 +194,21 @@ class SharedDecoder(nn.Module):
         embeddings_BE = embeddings_BE.to(self.decoder.weight.dtype)
         if self.alignment is None:
             return embeddings_BE
-        # Unbinding once makes one gradient of [K, Z, E]; indexing expert by expert would add K of that size.
-        weights, biases = self.alignment.weight.unbind(0), self.alignment.bias.unbind(0)
-        counts_K = torch.bincount(experts_B, minlength=len(weights)).tolist()
-        if len(counts_K) > len(weights):
-            raise ValueError(f"expert {len(counts_K) - 1} has no alignment: there are {len(weights)} experts")
-        order_B = torch.argsort(experts_B, stable=True)
-        groups = torch.split(embeddings_BE.index_select(0, order_B), counts_K)
-        aligned = [
-            functional.linear(group_nE, weight_ZE, bias_Z)
-            for group_nE, weight_ZE, bias_Z in zip(groups, weights, biases, strict=True)
-            if len(group_nE)
-        ]
-        return torch.cat(aligned).index_select(0, torch.argsort(order_B)) if aligned else embeddings_BE.new_zeros(0, self.dim)
+        aligned_BZ: Tensor = self.alignment(embeddings_BE, experts_B)
+        return aligned_BZ
+
+    def scaled(self, unified_BZ: Tensor) -> Tensor:
+        """Points of the unified space as the decoder's rows meet them: under a cosine of one length, the scale."""
+        log_scale = self.decoder.log_scale
+        return unified_BZ if log_scale is None else functional.normalize(unified_BZ, dim=1) * log_scale.exp()
+
+    def rows(self, weight_TZ: Tensor) -> Tensor:
+        """Some of the decoder's rows as they meet those points: under a cosine of length 1."""
+        return weight_TZ if self.decoder.log_scale is None else functional.normalize(weight_TZ, dim=1)
 
     def decode(self, unified_BZ: Tensor) -> Tensor:
         """Logits float [B, V] of points of the unified space."""
-        return functional.linear(unified_BZ, self.decoder.weight, self.decoder.bias)
+        return functional.linear(self.scaled(unified_BZ), self.rows(self.decoder.weight), self.decoder.bias)
 
     def forward(self, embeddings_BE: Tensor, experts_B: Tensor) -> Tensor:
         """Logits float [B, V] of experts' features; arguments as for `align`."""
@@ -185,11 +223,23 @@ def _initial_maps(start_weight_VE: Tensor, dim: int, seed: int) -> tuple[Tensor,
         start_VE = start_weight_VE.double()
         leading_ZE = torch.linalg.eigh(start_VE.T @ start_VE).eigenvectors.flip(1)[:, :dim].T
         return leading_ZE.float().contiguous(), (start_VE @ leading_ZE.T).float()
-    generator = torch.Generator().manual_seed(derive_seed(seed, "decoder", "alignment"))
-    extra = torch.randn(num_features, dim - num_features, generator=generator, dtype=torch.float64)
-    extra_rows = torch.linalg.qr(extra).Q.T.float() * EXTRA_SCALE
+    extra_rows = _orthonormal_rows(dim - num_features, num_features, derive_seed(seed, "decoder", "alignment")) * EXTRA_SCALE
     decoder_VZ = torch.cat([start_weight_VE, torch.zeros(num_tags, dim - num_features)], dim=1)
     return torch.cat([torch.eye(num_features), extra_rows]), decoder_VZ
+
+
+def _orthonormal_rows(num_rows: int, num_columns: int, seed: int) -> Tensor:
+    """float32, at most as many rows as columns."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(num_columns, num_rows, generator=generator, dtype=torch.float64)
+    rows: Tensor = torch.linalg.qr(gaussian).Q
+    return rows.T.float()
+
+
+def _random_rows(shape: Sequence[int], seed: int) -> Tensor:
+    """float32, every row of length 1."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "decoder", "cosine"))
+    return functional.normalize(torch.randn(*shape, generator=generator), dim=1)
 
 
 def load_shared_decoder(decoder: InputArtifact) -> SharedDecoder:

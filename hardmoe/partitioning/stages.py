@@ -74,3 +74,15 @@ def match_stage(name: str, partition: str, root: str, identity: Json, seed: int)
         inputs={"partition": partition},
         work="hardmoe.partitioning.match:MatchWork",
     )
+
+
+def nearest_stage(top_k: int, name: str) -> Stage:
+    """The k nearest experts of the validation and the test split."""
+    return Stage(
+        name=name,
+        kind="nearest",
+        version=1,
+        config={"top_k": top_k},
+        inputs={"features": "features", "router": "router"},
+        work="hardmoe.partitioning.nearest:NearestWork",
+    )

@@ -30,6 +30,7 @@ SYSTEMS = {
     "dense_refit": "dense, decoder refitted: the control",
     "experts_own_decoder": "experts, each with its own decoder",
     "mixture": "experts, one decoder shared by all",
+    "mixture_topk": "several of the nearest experts, mixed",
     "random_partition": "mixture over randomly drawn parts",
 }
 METRICS = {

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from hardmoe.config import Json
 from hardmoe.stage import Stage
 
-_LEFT_OUT = ("features", "embeddings", "baselines/dense_embeddings", "baselines/random/embeddings", "baselines/random/partition")
+_LEFT_OUT = (
+    "features",
+    "embeddings",
+    "baselines/dense_embeddings",
+    "baselines/random/embeddings",
+    "baselines/random/partition",
+    "topk/nearest",
+    "topk/embeddings",
+)
 
 
 def report_stage(recipe: Mapping[str, Json], stages: Sequence[Stage]) -> Stage:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hardmoe.data.ids import sortable
 from hardmoe.data.reading import read_examples
 from hardmoe.errors import DataError
 from hardmoe.models.backbones import Backbone
@@ -35,6 +36,7 @@ def extract_shard(
     path: str,
     device: torch.device,
     reduced: bool,
+    only_M: NDArray[np.void] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Ids and features of one shard, in its order.
 
@@ -46,6 +48,7 @@ def extract_shard(
         path: the shard's path in its storage.
         device: where the network runs.
         reduced: whether JPEGs may be scaled down while they are decoded (`trunk.decode`).
+        only_M: the ids of those examples that are wanted, as `data.ids.sortable` makes them; None for all.
 
     Returns:
         uint8 [N, 16] and float16 [N, D].
@@ -57,6 +60,8 @@ def extract_shard(
 
     def images() -> Iterator[EncodedImage]:
         for table in read_examples(examples, [path], columns=["example_id", "image"], rows=_ROWS_AT_ONCE):
+            if only_M is not None:
+                table = table.filter(np.isin(sortable(ids_to_array(table.column("example_id"))), only_M))
             ids.append(ids_to_array(table.column("example_id")))
             for row, data in zip(ids[-1], table.column("image").to_pylist(), strict=True):
                 yield EncodedImage(row.tobytes(), data)

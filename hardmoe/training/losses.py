@@ -127,10 +127,15 @@ def inverse_sqrt_weights(counts_V: NDArray[np.int64]) -> Tensor:
 
 def start_from_shares(decoder: nn.Linear, examples: ExampleSet) -> None:
     """Set a decoder's biases to the log odds of every tag's share of the examples, half an example added to either side."""
-    counts_V = tag_counts(examples, decoder.out_features).astype(np.float64)
-    log_odds_V = np.log(counts_V + 0.5) - np.log(len(examples) - counts_V + 0.5)
+    log_odds_V = log_odds_of_shares(tag_counts(examples, decoder.out_features), len(examples))
     with torch.no_grad():
         decoder.bias.copy_(torch.from_numpy(log_odds_V))
+
+
+def log_odds_of_shares(counts_V: NDArray[np.int64], num_examples: int) -> NDArray[np.float64]:
+    """Of every tag's share of the examples, half an example added to either side, float64 [V]."""
+    counts = counts_V.astype(np.float64)
+    return np.asarray(np.log(counts + 0.5) - np.log(num_examples - counts + 0.5))
 
 
 def _check_same_shape(logits_BV: Tensor, targets_BV: Tensor) -> None:

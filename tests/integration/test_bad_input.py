@@ -259,6 +259,7 @@ def test_data_that_are_too_few_say_how_many_there_are(
         (("trunk.backbone=vit_b_32", "trunk.image_size=32", "trunk.stem=small"), ("'vit_b_32'", "use stem: auto")),
         (("experts={backbone: resnet19, init: random}",), ("unknown backbone 'resnet19'",)),
         (("decoder.dim=65",), ("decoder.dim 65 is more than twice the experts' width 32", "set it to at most 64")),
+        (("decoder.align=lowrank", "decoder.rank=32"), ("decoder.rank 32 is no less than the rank of a full map", "at most 31")),
     ],
 )
 def test_network_that_cannot_be_is_refused_before_anything_is_ingested(

@@ -79,6 +79,13 @@ def test_fitting_the_decoder_leaves_every_bit_of_the_experts(finished: Path, tmp
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
 
 
+def test_the_decoder_is_the_same_where_the_embeddings_do_not_fit_in_memory(finished: Path, root: Path, tmp_path: Path) -> None:
+    again = copied_run(finished, tmp_path, keep=(*PREPARATION, "experts", "embeddings"))
+    run_here(tmp_path, "fit-decoder", "--set", "decoder.memory_gib=0.00001")
+    for name in ("decoder.safetensors", "metrics.jsonl", "artifact.json"):
+        assert (again / "decoder" / name).read_bytes() == (root / "decoder" / name).read_bytes(), name
+
+
 def test_the_decoder_does_not_even_read_the_experts(root: Path) -> None:
     inputs = json.loads((root / "decoder/artifact.json").read_bytes())["inputs"]
     assert {reference["artifact"] for reference in inputs.values()} == {"embeddings", "vocabulary", "trunk"}

@@ -42,8 +42,10 @@ IDENTITY = """
     experts.budget experts.loss experts.class_weights experts.label_smoothing experts.early_stop experts.keep
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
-    decoder.epochs decoder.align decoder.dim decoder.batch_size decoder.learning_rate decoder.weight_decay
-    evaluation.dense_baseline evaluation.random_partition evaluation.bootstrap_replicates evaluation.map_replicates
+    decoder.epochs decoder.align decoder.rank decoder.dim decoder.temperature decoder.loss decoder.classes decoder.sampled_tags
+    decoder.batch_size decoder.learning_rate decoder.weight_decay
+    evaluation.dense_baseline evaluation.random_partition evaluation.top_k
+    evaluation.bootstrap_replicates evaluation.map_replicates
     seed
 """
 """What is computed: a change of any of these is another run."""
@@ -61,6 +63,12 @@ ADDED = {
     "experts.decoder": "own",
     "experts.distill.weight": 0.0,
     "experts.distill.temperature": 1.0,
+    "evaluation.top_k": None,
+    "decoder.rank": 8,
+    "decoder.temperature": None,
+    "decoder.loss": "softmax",
+    "decoder.classes": "full",
+    "decoder.sampled_tags": 8192,
     **{
         f"{section}.{key}": default
         for section in ("trunk", "experts")
@@ -97,7 +105,7 @@ OPERATIONAL = """
     features.path features.num_threads
     trunk.gpus trunk.num_threads trunk.checkpoint_every_steps trunk.checkpoint_every_seconds
     experts.gpus experts.num_threads experts.checkpoint_every_steps experts.checkpoint_every_seconds
-    decoder.num_threads decoder.checkpoint_every_steps
+    decoder.num_threads decoder.checkpoint_every_steps decoder.memory_gib
     execution.backend execution.address execution.parallel execution.attempts
 """
 """Where and how: a change of any of these leaves every fingerprint as it is. Files count by content, not by path."""

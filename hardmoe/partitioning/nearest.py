@@ -1,0 +1,54 @@
+"""The k nearest experts of every held-out image, with their distances: what several experts at use go by.
+
+Only the validation and the test split, by the features that are there. The nearest one is the expert that the router sends the
+image to, whatever part the dataset gives it.
+
+Shape letters: N examples, D dimensions of the router's space, K experts, k of them.
+"""
+
+from collections.abc import Generator
+
+import numpy as np
+
+from hardmoe.config import Json
+from hardmoe.data.schemas import NEAREST
+from hardmoe.partitioning.fit import read_features
+from hardmoe.partitioning.regroup import load_router
+from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.tables import build_table, ids_from_array, write_table
+
+_SPLITS = ("validation", "test")
+
+
+class NearestWork:
+    """See the module."""
+
+    def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
+        """Every shard of both splits."""
+        features = context.input("features")
+        prefix = features.path("")
+        paths = [path.removeprefix(prefix).lstrip("/") for split in _SPLITS for path in features.files(f"split={split}/")]
+        done = yield Phase("route", [Unit(f"{index:05d}", {"path": path}) for index, path in enumerate(paths)])
+        return Finished({"rows": sum(d.payload["rows"] for d in done), "top_k": context.stage.config["top_k"]})
+
+    def run(self, context: UnitContext) -> Json:
+        """One shard."""
+        features, relative = context.input("features"), context.unit.arguments["path"]
+        router, top_k = load_router(context.input("router")), context.stage.config["top_k"]
+        ids, experts, distances = [], [], []
+        for ids_N16, features_ND in read_features(features, features.path(relative)):
+            rows_P = np.repeat(np.arange(len(ids_N16)), router.num_experts)
+            experts_P = np.tile(np.arange(router.num_experts), len(ids_N16))
+            squared_P = router.squared_distances(router.transformed(features_ND), rows_P, experts_P)
+            squared_NK = squared_P.reshape(len(ids_N16), router.num_experts)
+            nearest_Nk = np.argsort(squared_NK, axis=1, kind="stable")[:, :top_k]
+            ids.append(np.repeat(ids_N16, top_k, axis=0))
+            experts.append(nearest_Nk.ravel().astype(np.int32))
+            distances.append(np.take_along_axis(squared_NK, nearest_Nk, axis=1).ravel())
+        columns = {
+            "example_id": ids_from_array(np.concatenate([np.zeros((0, 16), np.uint8), *ids])),
+            "expert": np.concatenate([np.zeros(0, np.int32), *experts]),
+            "squared_distance": np.concatenate([np.zeros(0), *distances]),
+        }
+        write_table(context.output(relative), build_table(NEAREST, columns))
+        return {"rows": sum(len(some) for some in ids) // top_k}
