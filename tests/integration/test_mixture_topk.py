@@ -24,11 +24,11 @@ K = 2
 
 @pytest.fixture(scope="module")
 def root(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run, evaluated once more, with the two nearest experts."""
+    """The finished run, evaluated and reported once more, with the two nearest experts."""
     directory = tmp_path_factory.mktemp("topk")
     kept = [path.name for path in (finished / "runs/small").iterdir() if path.name not in ("evaluation", "report")]
     root = copied_run(finished, directory, keep=kept)
-    run_here(directory, "evaluate", "--set", f"evaluation.top_k={K}")
+    run_here(directory, "report", "--set", f"evaluation.top_k={K}")
     return root
 
 
@@ -103,6 +103,7 @@ def test_metrics_are_those_of_the_mixed_probabilities(root: Path) -> None:
     assert metrics["systems"]["mixture_topk"]["precision@1"]["value"] == pytest.approx(np.mean(hits))
     assert metrics["differences"]["mixture - mixture_topk"]["map"]["value"] is not None
     assert metrics["num_test_examples"] == len(hits)
+    assert "several of the nearest experts, mixed" in (root / "report/index.html").read_text()
 
 
 def test_a_mixture_in_use_says_what_was_judged(root: Path) -> None:
