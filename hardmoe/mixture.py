@@ -22,6 +22,7 @@ from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.images import UndecodableImageError, load_square
 from hardmoe.data.reading import tag_names
 from hardmoe.errors import DataError
+from hardmoe.evaluation.topk import log_weights
 from hardmoe.experts.stages import expert_name
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.branching import split
@@ -137,16 +138,25 @@ class Mixture:
         seen = self._seen(self._decoded(images))
         return self._embed(seen, self._route(seen)).numpy()
 
-    def predict(self, images: Sequence[bytes], k: int = 10) -> list[Prediction]:
+    def predict(self, images: Sequence[bytes], k: int = 10, *, experts: int = 1) -> list[Prediction]:
         """The k most probable tags of every encoded image.
 
+        Args:
+            images: encoded.
+            k: how many tags.
+            experts: how many of the nearest experts are asked: 1, or as many as the run's `evaluation.top_k`, whose weights by
+                distance it has fitted. An image costs a pass of each beside the trunk's.
+
         Raises:
-            DataError: an image cannot be decoded; names its position.
+            DataError: an image cannot be decoded, names its position; or the run has no weights for so many experts.
         """
         seen = self._seen(self._decoded(images))
-        experts_N = self._route(seen)
-        with torch.inference_mode():
-            probabilities_NV = torch.softmax(self.decoder.decode(self._embed(seen, experts_N)), dim=1)
+        if experts == 1:
+            experts_N = self._route(seen)
+            with torch.inference_mode():
+                probabilities_NV = torch.softmax(self.decoder.decode(self._embed(seen, experts_N)), dim=1)
+        else:
+            experts_N, probabilities_NV = self._mixed(seen, experts)
         top = torch.sort(probabilities_NV, dim=1, descending=True, stable=True)
         rows = zip(experts_N.tolist(), top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
         return [Prediction(expert, [self.tags[i] for i in indices], values) for expert, indices, values in rows]
@@ -193,6 +203,22 @@ class Mixture:
             with torch.inference_mode():
                 unified_NZ[rows] = self.decoder.align(embeddings, torch.full((len(rows),), expert, dtype=torch.int64))
         return unified_NZ
+
+    def _mixed(self, seen: "_Seen", num_experts: int) -> tuple[NDArray[np.int32], torch.Tensor]:
+        """The nearest expert [N], and the probabilities [N, V] that several mix as `evaluation.topk` does."""
+        temperature = self._store.find("topk/temperature")
+        fitted = None if temperature is None else temperature.record.payload["top_k"]
+        if temperature is None or fitted != num_experts:
+            raise DataError(
+                f"experts={num_experts} needs weights fitted for as many, which this run has "
+                f"{'none of' if fitted is None else f'for {fitted}'}; run `hardmoe evaluate` with evaluation.top_k: {num_experts}"
+            )
+        nearest_Nk, squared_Nk = self.router.nearest(self._features(self._trunk, seen, np.arange(len(seen))), num_experts)
+        weights_Nk = torch.from_numpy(log_weights(squared_Nk, temperature.record.payload["temperature"])).float()
+        with torch.inference_mode():
+            logits = [self.decoder.decode(self._embed(seen, experts_N)) for experts_N in nearest_Nk.T]
+            said = [torch.log_softmax(each_NV, dim=1) + weights_Nk[:, at, None] for at, each_NV in enumerate(logits)]
+        return nearest_Nk[:, 0], torch.stack(said).logsumexp(0).exp()
 
     def _expert(self, expert: int) -> TagClassifier:
         if expert not in self._experts:

@@ -6,7 +6,10 @@ result: the cosine has come to rest there, and choosing an epoch on the validati
 alike for `dense_refit`. That control is this same code with K = 1.
 
 Rejected: fitting the decoder while running the experts (an epoch would cost a pass of every expert instead of seconds),
-and L-BFGS over all examples (with the alignment the problem is not convex, and full passes over many images are dear).
+L-BFGS over all examples (with the alignment the problem is not convex, and full passes over many images are dear), and L-BFGS
+for the decoder alone as a start: of 10,341 icons with 252 hashtags and 4 experts, six epochs after 30 iterations of it reach
+61.0 % of precision@1 and a test loss of 3.51, after 10 iterations 62.6 % and 3.27, from the trunk's decoder 62.7 % and 3.18
+(one seed).
 
 What is kept in float32, and how rows of the decoder are left alone, is told in `optimizer`; the losses are in `linear_loss`.
 """

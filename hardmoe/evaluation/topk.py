@@ -95,15 +95,17 @@ class TemperatureWork:
         shards = embeddings.files("split=validation/")
         units = [Unit(f"{index:05d}", {"path": path, "index": index, "of": len(shards)}) for index, path in enumerate(shards)]
         done = yield Phase("measure", units)
-        count = sum(d.payload["examples"] for d in done)
+        count, told = sum(d.payload["examples"] for d in done), {"top_k": embeddings.payload["top_k"]}
         sums_T = [sum(units) for units in zip(*(d.payload["losses"] for d in done), strict=True)]
         if not count:
             # Nothing to fit on: the nearest expert alone, as the mixture itself.
-            return Finished({"temperature": float(TEMPERATURES_T[0]), "validation_loss": None, "validation_loss_top1": None})
+            unknown = {"validation_loss": None, "validation_loss_top1": None}
+            return Finished({**told, "temperature": float(TEMPERATURES_T[0]), **unknown})
         best = int(np.argmin(sums_T))
         losses_T = np.array(sums_T, np.float64) / _UNIT / count
         return Finished(
             {
+                **told,
                 "temperature": float(TEMPERATURES_T[best]),
                 "validation_loss": float(losses_T[best]),
                 "validation_loss_top1": float(losses_T[0]),

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hardmoe.config import Json
 from hardmoe.data.ids import sortable
-from hardmoe.data.reading import open_examples
+from hardmoe.data.reading import open_examples, read_examples
 from hardmoe.data.schemas import NEAREST
 from hardmoe.experts.stages import expert_name
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
@@ -35,7 +35,7 @@ class NearestEmbeddingsWork:
 
     def run(self, context: UnitContext) -> Json:
         """One shard."""
-        from hardmoe.training.extract import extract_shard
+        from hardmoe.training.extract import COLUMNS, ROWS_AT_ONCE, extract_tables
         from hardmoe.training.network import architecture_of, load_network, unit_device
 
         relative, nearest, dataset = context.unit.arguments["path"], context.input("nearest"), open_examples(context, "dataset")
@@ -45,9 +45,9 @@ class NearestEmbeddingsWork:
         for expert in np.unique(experts_P).tolist():
             rows = np.flatnonzero(experts_P == expert)
             network, seen = load_network(artifact := context.input(expert_name(expert))), architecture_of(artifact)
-            ids_n16, found_nE = extract_shard(
-                context, network.backbone, seen.image_size, dataset, dataset.path(relative), device, seen.reduced, keys_P[rows]
-            )
+            tables = read_examples(dataset, [dataset.path(relative)], columns=COLUMNS, rows=ROWS_AT_ONCE)
+            wanted = (table.filter(np.isin(sortable(ids_to_array(table.column("example_id"))), keys_P[rows])) for table in tables)
+            ids_n16, found_nE = extract_tables(context, network.backbone, seen.image_size, wanted, relative, device, seen.reduced)
             keys_n = sortable(ids_n16)
             order_n = np.argsort(keys_n)
             embeddings_PE[rows] = found_nE[order_n[np.searchsorted(keys_n[order_n], keys_P[rows])]]

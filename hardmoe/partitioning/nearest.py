@@ -3,7 +3,7 @@
 Only the validation and the test split, by the features that are there. The nearest one is the expert that the router sends the
 image to, whatever part the dataset gives it.
 
-Shape letters: N examples, D dimensions of the router's space, K experts, k of them.
+Shape letters: N examples, D trunk features, k experts of each.
 """
 
 from collections.abc import Generator
@@ -37,14 +37,10 @@ class NearestWork:
         router, top_k = load_router(context.input("router")), context.stage.config["top_k"]
         ids, experts, distances = [], [], []
         for ids_N16, features_ND in read_features(features, features.path(relative)):
-            rows_P = np.repeat(np.arange(len(ids_N16)), router.num_experts)
-            experts_P = np.tile(np.arange(router.num_experts), len(ids_N16))
-            squared_P = router.squared_distances(router.transformed(features_ND), rows_P, experts_P)
-            squared_NK = squared_P.reshape(len(ids_N16), router.num_experts)
-            nearest_Nk = np.argsort(squared_NK, axis=1, kind="stable")[:, :top_k]
+            nearest_Nk, squared_Nk = router.nearest(features_ND, top_k)
             ids.append(np.repeat(ids_N16, top_k, axis=0))
-            experts.append(nearest_Nk.ravel().astype(np.int32))
-            distances.append(np.take_along_axis(squared_NK, nearest_Nk, axis=1).ravel())
+            experts.append(nearest_Nk.ravel())
+            distances.append(squared_Nk.ravel())
         columns = {
             "example_id": ids_from_array(np.concatenate([np.zeros((0, 16), np.uint8), *ids])),
             "expert": np.concatenate([np.zeros(0, np.int32), *experts]),

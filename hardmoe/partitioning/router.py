@@ -110,6 +110,23 @@ class Router:
             return squared_distances(transformed_ND, self.centroids_KD, rows_P, experts_P)
         return squared_distances_to_groups(transformed_ND, self.centroids_KD, self.group_F, (rows_P, experts_P), choose_engine())
 
+    def nearest(self, features_NW: NDArray[np.float32], top_k: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """The k nearest experts of every feature, int32 [N, k], the nearest first, and the squared distances to them [N, k].
+
+        Args:
+            features_NW: the trunk's features, float32 [N, W].
+            top_k: k, at most K.
+
+        Raises:
+            DataError: as `transformed`.
+        """
+        rows_P = np.repeat(np.arange(len(features_NW)), self.num_experts)
+        experts_P = np.tile(np.arange(self.num_experts), len(features_NW))
+        squared_P = self.squared_distances(self.transformed(features_NW), rows_P, experts_P)
+        squared_NK = squared_P.reshape(len(features_NW), self.num_experts)
+        nearest_Nk = np.argsort(squared_NK, axis=1, kind="stable")[:, :top_k]
+        return nearest_Nk.astype(np.int32), np.take_along_axis(squared_NK, nearest_Nk, axis=1)
+
     def to_files(self) -> dict[str, bytes]:
         """Contents of `centroids.npy`, `transform.safetensors` and `router.json`, by file name; equal routers, equal bytes.
 

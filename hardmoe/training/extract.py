@@ -6,15 +6,15 @@ matrix product's last bits depend on it. On a GPU nothing waits for a batch's fe
 Shape letters: N examples, B batch, S side in pixels, D features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hardmoe.data.ids import sortable
 from hardmoe.data.reading import read_examples
 from hardmoe.errors import DataError
 from hardmoe.models.backbones import Backbone
@@ -24,7 +24,8 @@ from hardmoe.training.determinism import deterministic
 from hardmoe.training.inference import predict_batches
 from hardmoe.training.staging import EncodedImage, Staging, inference_batch_size, staged_batches
 
-_ROWS_AT_ONCE = 64
+COLUMNS = ("example_id", "image")
+ROWS_AT_ONCE = 64
 """A divisor of the rows of most row groups of images, so that none is put together from two."""
 
 
@@ -36,7 +37,6 @@ def extract_shard(
     path: str,
     device: torch.device,
     reduced: bool,
-    only_M: NDArray[np.void] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Ids and features of one shard, in its order.
 
@@ -48,7 +48,6 @@ def extract_shard(
         path: the shard's path in its storage.
         device: where the network runs.
         reduced: whether JPEGs may be scaled down while they are decoded (`trunk.decode`).
-        only_M: the ids of those examples that are wanted, as `data.ids.sortable` makes them; None for all.
 
     Returns:
         uint8 [N, 16] and float16 [N, D].
@@ -56,12 +55,24 @@ def extract_shard(
     Raises:
         DataError: an image cannot be decoded, or a feature is not finite in float16: the network diverged.
     """
+    tables = read_examples(examples, [path], columns=COLUMNS, rows=ROWS_AT_ONCE)
+    return extract_tables(context, backbone, image_size, tables, path, device, reduced)
+
+
+def extract_tables(
+    context: UnitContext,
+    backbone: Backbone,
+    image_size: int,
+    tables: Iterable[Any],
+    path: str,
+    device: torch.device,
+    reduced: bool,
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """The same of tables with the columns `COLUMNS`, some rows at a time; the path is only told where something is wrong."""
     ids: list[NDArray[np.uint8]] = []
 
     def images() -> Iterator[EncodedImage]:
-        for table in read_examples(examples, [path], columns=["example_id", "image"], rows=_ROWS_AT_ONCE):
-            if only_M is not None:
-                table = table.filter(np.isin(sortable(ids_to_array(table.column("example_id"))), only_M))
+        for table in tables:
             ids.append(ids_to_array(table.column("example_id")))
             for row, data in zip(ids[-1], table.column("image").to_pylist(), strict=True):
                 yield EncodedImage(row.tobytes(), data)

@@ -12,7 +12,9 @@ import pytest
 from support import copied_run, invoke, run_here
 
 from hardmoe.artifacts.store import ArtifactStore
+from hardmoe.errors import DataError
 from hardmoe.evaluation.topk import TEMPERATURES_T, log_weights
+from hardmoe.mixture import Mixture
 from hardmoe.models.shared_decoder import load_shared_decoder
 from hardmoe.partitioning.regroup import load_router
 from hardmoe.storage import open_storage
@@ -22,11 +24,11 @@ K = 2
 
 @pytest.fixture(scope="module")
 def root(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run, evaluated once more, with the two nearest experts."""
+    """The finished run, evaluated and reported once more, with the two nearest experts."""
     directory = tmp_path_factory.mktemp("topk")
     kept = [path.name for path in (finished / "runs/small").iterdir() if path.name not in ("evaluation", "report")]
     root = copied_run(finished, directory, keep=kept)
-    run_here(directory, "evaluate", "--set", f"evaluation.top_k={K}")
+    run_here(directory, "report", "--set", f"evaluation.top_k={K}")
     return root
 
 
@@ -101,6 +103,27 @@ def test_metrics_are_those_of_the_mixed_probabilities(root: Path) -> None:
     assert metrics["systems"]["mixture_topk"]["precision@1"]["value"] == pytest.approx(np.mean(hits))
     assert metrics["differences"]["mixture - mixture_topk"]["map"]["value"] is not None
     assert metrics["num_test_examples"] == len(hits)
+    assert "several of the nearest experts, mixed" in (root / "report/index.html").read_text()
+
+
+def test_a_mixture_in_use_says_what_was_judged(root: Path) -> None:
+    mixture = Mixture.load(str(root))
+    temperature = json.loads((root / "topk/temperature/artifact.json").read_bytes())["payload"]["temperature"]
+    images = {key: found[0]["image"] for key, found in list(rows(root, "dataset", "test").items())[:12]}
+    judged = rows(root, "topk/embeddings", "test")
+    for key, prediction in zip(images, mixture.predict(list(images.values()), k=3, experts=K), strict=True):
+        weights = np.exp(log_weights(np.array([[row["squared_distance"] for row in judged[key]]]), temperature)[0])
+        expected = weights @ probabilities(root, judged[key])
+        assert prediction.expert == judged[key][0]["expert"]
+        assert prediction.probabilities == pytest.approx(np.sort(expected)[::-1][:3].tolist(), rel=2e-2)
+        assert expected[mixture.tags.index(prediction.tags[0])] == pytest.approx(expected.max(), rel=2e-2)
+    with pytest.raises(DataError, match=r"experts=3 needs weights fitted for as many, which this run has for 2; .*top_k: 3"):
+        mixture.predict(list(images.values()), experts=3)
+
+
+def test_a_run_without_weights_for_several_experts_says_how_to_fit_them(finished: Path) -> None:
+    with pytest.raises(DataError, match=r"which this run has none of; run `hardmoe evaluate` with evaluation\.top_k: 2"):
+        Mixture.load(str(finished / "runs/small")).predict([], experts=2)
 
 
 def test_weights_are_those_of_a_softmax_from_one_expert_to_all_alike() -> None:
