@@ -69,6 +69,7 @@ def _become(code: str, arguments: list[str], directory: Path, variables: dict[st
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(variables)
+    os.fsync = lambda descriptor: None  # as in the test's own process, see conftest
     sys.argv = ["-c", *arguments]
     try:
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
