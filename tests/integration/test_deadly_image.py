@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from support import command, real_images, run_here, write_recipe
 
 DEADLY = Path(__file__).parents[1] / "deadly"
@@ -29,6 +30,7 @@ def rows_of(root: Path, pattern: str) -> list[dict[str, Any]]:
     return [row for path in sorted(root.glob(pattern)) for row in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.long
 def test_image_that_kills_its_workers_is_quarantined_and_the_run_goes_on(tmp_path: Path) -> None:
     """It killed every worker that touched it, and with them the run, whatever the number of attempts."""
     collection(tmp_path / "a", with_killer=True)
