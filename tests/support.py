@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from forked import run_forked
 
 from hardmoe.cli.main import cli, main
 from hardmoe.data.config import DatasetConfig
@@ -84,21 +84,23 @@ def write_recipe(directory: Path, name: str = "hardmoe.yaml", /, **changes: Any)
     return path
 
 
+_MAIN = "from hardmoe.cli.main import main; main()"
+
+
 def command(*arguments: str) -> list[str]:
     """The command line, as it is run by the interpreter of the tests."""
-    return [sys.executable, "-c", "from hardmoe.cli.main import main; main()", *arguments]
+    return [sys.executable, "-c", _MAIN, *arguments]
 
 
-def hardmoe(directory: Path, *arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a directory, as a process of its own."""
-    return subprocess.run(
-        command(*arguments), cwd=directory, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
-    )
+def hardmoe(directory: Path, *arguments: str, timeout: float = 240, cores: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in a directory, as a process of its own (see `forked`) that takes the machine for one of so many cores."""
+    code = _MAIN if cores is None else f"import os; os.cpu_count = lambda: {cores}; {_MAIN}"
+    return run_forked(code, arguments, directory, timeout)
 
 
-def succeed(directory: Path, *arguments: str, timeout: float = 240, **environment: str) -> str:
+def succeed(directory: Path, *arguments: str, timeout: float = 240) -> str:
     """Run a command that must succeed; returns what it printed."""
-    result = hardmoe(directory, *arguments, timeout=timeout, **environment)
+    result = hardmoe(directory, *arguments, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -150,21 +152,8 @@ def partition(directory: Path, backend: str = "inline", *, die_at: str = "", pat
         die_at: a unit of the router, `phase/unit`, at which it is killed.
         patch: statements that run before.
     """
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"{_DYING}\n{patch}\nfrom hardmoe.cli.main import main\nmain()",
-            "partition",
-            "--backend",
-            backend,
-        ],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "DIE_AT": die_at},
-    )
+    code = f"{_DYING}\n{patch}\n{_MAIN}"
+    return run_forked(code, ("partition", "--backend", backend), directory, DIE_AT=die_at)
 
 
 def refusal(result: subprocess.CompletedProcess[str], code: int = 1) -> str:

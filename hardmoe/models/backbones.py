@@ -3,8 +3,7 @@
 A backbone is any network whose classification head was taken off; the decoder is always ours, so that trunk, experts and
 dense baseline are one class. Initial weights are a function of the seed given, never of torch's global generator, which
 is neither read nor advanced. Rejected: a table of builders with a dozen options each; a name says all, and whoever needs
-more gives `package.module:factory`. Torchvision takes two seconds to import, and is where one of its networks, or a part of
-one, is asked for; a network of your own does without.
+more gives `package.module:factory`. Torchvision takes two seconds to import, and is where one of its networks is asked for.
 
     resnet18, convnext_tiny, vit_b_16, …   torchvision's classification models, head removed
     resnet20 … resnet110, resnet20_w8      He et al.'s networks for 32x32 images, optionally of another base width
@@ -136,8 +135,6 @@ def _build(name: str, image_size: int, stem: str) -> Backbone:
         return _from_factory(name, image_size)
     if name.startswith("timm/"):
         return _from_timm(name, image_size)
-    import torchvision
-
     from hardmoe.models.resnet import CIFAR_DEPTHS, cifar_resnet, quicknet
 
     if match := re.fullmatch(r"resnet(\d+)(?:_w([1-9]\d*))?", name):
@@ -148,6 +145,8 @@ def _build(name: str, image_size: int, stem: str) -> Backbone:
     if match := re.fullmatch(r"quicknet_w([1-9]\d*)", name):
         network = quicknet(int(match[1]))
         return Backbone(network, network.num_features)
+    import torchvision
+
     if name in torchvision.models.list_models(module=torchvision.models):
         return _from_torchvision(name, image_size, stem)
     raise RecipeError(f"unknown backbone '{name}'; {_suggestion(name)}")

@@ -1,16 +1,12 @@
 """Runs that several integration tests look at, each made once per session. Tests must not change them; they copy."""
 
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import TWO_LEVEL, run_here, write_recipe
-
-_FOUR_SLOTS = "import os; os.cpu_count = lambda: 4; from hardmoe.cli.main import main; main()"
+from support import TWO_LEVEL, hardmoe, run_here, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +21,7 @@ def root_on_ray(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     directory = tmp_path_factory.mktemp("on-ray")
     (directory / "photos").symlink_to(photos)
     write_recipe(directory)
-    arguments = ("run", "--backend", "ray", "--parallel", "4")
-    result = subprocess.run(
-        [sys.executable, "-c", _FOUR_SLOTS, *arguments], cwd=directory, capture_output=True, text=True, timeout=280
-    )
+    result = hardmoe(directory, "run", "--backend", "ray", "--parallel", "4", cores=4, timeout=280)
     assert result.returncode == 0, result.stderr
     return directory / "runs" / "small"
 

@@ -1,8 +1,6 @@
 """Experts that train on examples of other parts as well: which, how often, and that nothing else sees them twice."""
 
 import math
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support import invoke, payload, records, refusal, run_here, write_recipe
+from support import hardmoe, invoke, payload, records, refusal, run_here, write_recipe
 
 from hardmoe.errors import StorageError
 from hardmoe.hashing import hash_fractions
@@ -19,7 +17,6 @@ from hardmoe.stage import UnitContext
 
 RATIO, FRACTION, EXPERTS = 1.1, 0.1, 3
 SETTINGS = {"overlap": RATIO, "out_of_part_fraction": FRACTION}
-_TWO_SLOTS = "import os; os.cpu_count = lambda: 2; from hardmoe.cli.main import main; main()"
 
 
 def rows(root: Path, pattern: str) -> list[dict[str, Any]]:
@@ -219,10 +216,7 @@ def test_partition_whose_merge_was_cut_off_goes_on_and_ends_with_the_same_record
 def test_ray_gives_the_same_records_as_inline(shared: Path, root: Path, tmp_path: Path, photos: Path) -> None:
     (tmp_path / "photos").symlink_to(photos.resolve())
     write_recipe(tmp_path, reuse=[str(root)], partition=SETTINGS)
-    arguments = ("train-experts", "--backend", "ray", "--parallel", "2")
-    result = subprocess.run(
-        [sys.executable, "-c", _TWO_SLOTS, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    result = hardmoe(tmp_path, "train-experts", "--backend", "ray", "--parallel", "2", cores=2)
     assert result.returncode == 0, result.stderr
     found = records(tmp_path / "runs" / "small")
     assert {"partition/artifact.json", "experts/expert-0002/artifact.json"} <= found.keys()

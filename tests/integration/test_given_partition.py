@@ -1,8 +1,6 @@
 """A partition that a column of the dataset gives: every example where the column says, and a router made of the parts' means."""
 
 import hashlib
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
-from support import copied_run, invoke, payload, real_images, records, refusal, run_here, write_recipe
+from support import copied_run, hardmoe, invoke, payload, real_images, records, refusal, run_here, write_recipe
 
 from hardmoe.data.schemas import SPLITS
 from hardmoe.data.sources.base import RawExample
@@ -22,7 +20,6 @@ IMAGES = real_images(300)
 NAMES = ("circle", "north", "zebra")
 BUILD = ("partition", "--backend", "inline")
 GIVEN: dict[str, Any] = {"dataset": {"part_column": "cluster"}, "partition": {"method": "given"}}
-_TWO_SLOTS = "import os; os.cpu_count = lambda: 2; from hardmoe.cli.main import main; main()"
 
 
 def name_of(image: bytes) -> str:
@@ -170,13 +167,7 @@ def test_page_and_table_say_that_a_column_decided(project: Path, given: Path) ->
 
 def test_ray_gives_the_same_records_as_inline(project: Path, given: Path, tmp_path: Path) -> None:
     other = copied_run(project, tmp_path, keep=("dataset", "vocabulary", "trunk", "features"))
-    result = subprocess.run(
-        [sys.executable, "-c", _TWO_SLOTS, "partition", "--backend", "ray", "--parallel", "2"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    result = hardmoe(tmp_path, "partition", "--backend", "ray", "--parallel", "2", cores=2)
     assert result.returncode == 0, result.stderr
     assert records(other) == {name: body for name, body in records(given).items() if name in records(other)}
     assert {"router/artifact.json", "partition/artifact.json"} <= records(other).keys()

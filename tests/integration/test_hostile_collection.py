@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hostile_images import MAX_PIXELS, HostileImage, hostile_images
 from memory import run_measured
 from support import write_recipe
@@ -30,6 +31,7 @@ def listed(root: Path, name: str, column: str) -> dict[str, str | bytes]:
     return found
 
 
+@pytest.mark.long
 def test_every_hostile_image_is_an_example_or_in_quarantine_as_it_must_be(tmp_path: Path) -> None:
     images = hostile_images()
     assert len(images) >= 3000

@@ -265,6 +265,7 @@ def test_the_campaigns_checkpoints_lie_inside_an_epoch(root: Path) -> None:
             assert all(step % steps_per_epoch for step in steps), name
 
 
+@pytest.mark.long
 def test_three_kills_and_resumes_equal_an_uninterrupted_run(
     root: Path, photos: Path, tmp_path: Path, say: Callable[[str], None]
 ) -> None:

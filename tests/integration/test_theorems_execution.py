@@ -23,11 +23,13 @@ from hardmoe.recipe import parse_recipe
 from hardmoe.storage import open_storage
 
 
+@pytest.mark.long
 def test_ray_with_four_workers_equals_inline_byte_for_byte(root: Path, root_on_ray: Path) -> None:
     assert records(root_on_ray) == records(root)
     assert len(records(root)) == 16
 
 
+@pytest.mark.long
 def test_the_files_are_what_their_records_say_on_either_backend(root: Path, root_on_ray: Path) -> None:
     for top in (root, root_on_ray):
         store = ArtifactStore(open_storage(str(top)))
@@ -35,6 +37,7 @@ def test_the_files_are_what_their_records_say_on_either_backend(root: Path, root
             assert store.get(name.removesuffix("/artifact.json")).verify() > 0
 
 
+@pytest.mark.long
 def test_experts_on_one_ray_worker_equal_those_on_four(finished: Path, root_on_ray: Path, tmp_path: Path) -> None:
     one_worker = copied_run(finished, tmp_path, keep=PREPARATION)
     succeed(tmp_path, "train-experts", "--backend", "ray", "--parallel", "1")

@@ -81,6 +81,7 @@ def _run(arguments: Sequence[str], directory: Path, environment: dict[str, str])
     return subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.long
 def test_readme_runs_from_top_to_bottom_as_it_stands(tmp_path: Path) -> None:
     environment = _prepare(tmp_path)
     num_run = 0

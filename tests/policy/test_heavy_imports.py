@@ -59,7 +59,7 @@ def test_driver_of_a_stage_that_only_lists_shards_does_without_torch(work: str) 
     assert set(result.stdout.split()) & HEAVY == set()
 
 
-def test_network_of_ones_own_does_without_torchvision(tmp_path: Path) -> None:
+def test_networks_that_are_not_torchvisions_do_without_it(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from torch import nn\n\ndef network(image_size):\n"
         "    found = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n    found.num_features = 3\n    return found\n"
@@ -67,13 +67,14 @@ def test_network_of_ones_own_does_without_torchvision(tmp_path: Path) -> None:
     probe = (
         "import sys; from hardmoe.models.backbones import build_backbone\n"
         "import hardmoe.training.extract, hardmoe.training.network\n"
-        "print(build_backbone('own:network', image_size=8, seed=0).num_features, 'torchvision' in sys.modules)"
+        "names = ('own:network', 'quicknet_w4', 'resnet20')\n"
+        "print(*(build_backbone(name, image_size=8, seed=0).num_features for name in names), 'torchvision' in sys.modules)"
     )
     search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": search}
     command = [sys.executable, "-c", probe]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.split() == ["3", "False"]
+    assert result.stdout.split() == ["3", "32", "64", "False"]
 
 
 @pytest.mark.parametrize("arguments", [("run",), ("run", "--dry-run"), ("evaluate",), ("report",)], ids=" ".join)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hardmoe.models.resnet import CIFAR_DEPTHS, EverySecondPixel, PaddedShortcut, cifar_resnet, quicknet
+from hardmoe.models.resnet import CIFAR_DEPTHS, BasicBlock, EverySecondPixel, PaddedShortcut, cifar_resnet, quicknet
 
 
 def num_parameters(network: torch.nn.Module) -> int:
@@ -82,3 +82,25 @@ def test_every_second_pixel_before_a_1x1_convolution_equals_the_strided_one() ->
     for size in (7, 8):
         maps = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
         torch.testing.assert_close(dense(EverySecondPixel()(maps)), strided(maps))
+
+
+@pytest.mark.parametrize(("before", "after", "stride"), [(5, 5, 1), (3, 7, 2)])
+def test_basic_block_is_torchvisions_to_the_bit(before: int, after: int, stride: int) -> None:
+    from torchvision.models.resnet import BasicBlock as Theirs
+    from torchvision.models.resnet import conv1x1
+
+    def built(kind: type[torch.nn.Module]) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return kind(before, after, stride, conv1x1(before, after, stride) if stride > 1 else None).train()
+
+    ours, theirs = built(BasicBlock), built(Theirs)
+    maps = torch.randn(4, before, 9, 8)
+    results = []
+    for block in (ours, theirs):
+        inputs = maps.clone().requires_grad_(True)
+        outputs = block(inputs)
+        (outputs**2).sum().backward()
+        results.append([outputs, inputs.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
