@@ -21,8 +21,7 @@ from pathlib import Path
 import hardmoe
 
 _LEFT_OUT = ("ray", "s3", "kernels", "randaugment")
-"""Parts of the names of modules that import what not every command does; `ray` also keeps that word out of the command line of
-the server, in which a test looks for it."""
+"""Parts of the names of modules that import what not every command does."""
 
 _context = multiprocessing.get_context("forkserver")
 _own_modules = [module.name for module in pkgutil.walk_packages(hardmoe.__path__, "hardmoe.")]
