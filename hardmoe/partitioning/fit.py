@@ -11,7 +11,7 @@ Shape letters: N examples, D feature dim, S examples of the sample, K clusters, 
 
 import io
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from hardmoe.partitioning.starting import Ladder, best_start, rung_rows
 from hardmoe.partitioning.transform import FeatureTransform
 from hardmoe.partitioning.transform_fit import TRANSFORM_PHASES, load_transform, run_transform, transform_phases
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.storage import Storage
 from hardmoe.tables import ids_to_array, iterate_table, vectors_to_array
 
 _BATCH_ROWS = 65_536
@@ -53,7 +54,7 @@ class RouterWork:
         fitted = yield from transform_phases(context, config, paths, features.payload["dim"])
         shards = [{"path": path, **fitted.arguments} for path in paths]
         sampled = yield Phase("sample", [Unit(f"{i:05d}", {**shard, "fraction": fraction}) for i, shard in enumerate(shards)])
-        shared = context.share("samples.json", json.dumps([done.scratch["sample"] for done in sampled]).encode())
+        shared = context.share("samples.json", json.dumps([dict(done.scratch) for done in sampled]).encode())
         attempts = [Unit(f"{i:02d}", {"samples": shared, "attempt": i}) for i in range(config.num_starts)]
         started = yield Phase("start", attempts)
         starts = [_read_fit(context, done) for done in started]
@@ -158,21 +159,45 @@ def _sample(context: UnitContext, features: InputArtifact, path: str, transform:
         ids.append(ids_N16[chosen_N])
         kept.append(transform(features_ND[chosen_N]))
         zeros += int((~features_ND.any(axis=1)).sum())
-    save_arrays(context.scratch("sample"), {"ids": np.concatenate(ids), "features": np.concatenate(kept)})
+    save_arrays(context.scratch("ids"), {"ids": np.concatenate(ids)})
+    save_arrays(context.scratch("features"), {"features": np.concatenate(kept)})
     return {"rows": sum(map(len, ids)), "zero_vectors": zeros}
 
 
 def _start(context: UnitContext) -> Json:
-    """One of several starts, or the best one refined; both on the whole sample."""
+    """One of several starts, or the best one refined; both on rows of the sample."""
     arguments, config = context.unit.arguments, context.stage.section(PartitionConfig, "partition")
-    paths = json.loads(context.storage.read_bytes(arguments["samples"]))
-    samples = [load_arrays(context.storage, path) for path in paths]
-    sample_SD = np.concatenate([sample["features"] for sample in samples])
-    ids_S16 = np.concatenate([sample["ids"] for sample in samples])
-    ladder = Ladder(sample_SD, ids_S16, config.num_clusters, context.stage.config["seed"], config.spherical)
+    sample = _Sample(context.storage, json.loads(context.storage.read_bytes(arguments["samples"])))
+    ladder = Ladder(sample.ids_S16, sample.read, config.num_clusters, context.stage.config["seed"], config.spherical)
     found = ladder.climb(_read_centroids(context)) if context.phase == "climb" else ladder.start(arguments["attempt"])
     save_arrays(context.scratch("centroids"), {"centroids": found.centroids_KD})
     return {"objective": found.objective_per_pass, "converged": found.converged}
+
+
+class _Sample:
+    """The files that the sample's units left, one shard's at a time in memory.
+
+    Args:
+        storage: the run's root.
+        files: of every shard the paths of its `ids` and its `features`.
+    """
+
+    def __init__(self, storage: Storage, files: Sequence[Mapping[str, str]]) -> None:
+        ids = [load_arrays(storage, file["ids"])["ids"] for file in files]
+        self.ids_S16: NDArray[np.uint8] = np.concatenate(ids)
+        self._storage, self._files = storage, files
+        self._starts = np.cumsum([0, *map(len, ids)])
+
+    def read(self, rows_n: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Features of some rows, in the order asked for, float32 [n, D]."""
+        found, places = [], []
+        shards_n = np.searchsorted(self._starts, rows_n, side="right") - 1
+        for shard in np.unique(shards_n).tolist():
+            places.append(np.flatnonzero(shards_n == shard))
+            features_SD = load_arrays(self._storage, self._files[shard]["features"])["features"]
+            found.append(features_SD[rows_n[places[-1]] - self._starts[shard]])
+        features_nD: NDArray[np.float32] = np.concatenate(found)[np.argsort(np.concatenate(places))]
+        return features_nD
 
 
 def _read_centroids(context: UnitContext) -> NDArray[np.float32]:

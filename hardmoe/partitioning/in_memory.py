@@ -49,7 +49,7 @@ def fit(
         DataError: fewer distinct features than clusters, or a feature that is not finite or too large.
     """
     options = options or FitOptions()
-    ladder = Ladder(features_ND, ids_N16, num_clusters, seed, options.spherical)
+    ladder = Ladder(ids_N16, features_ND.__getitem__, num_clusters, seed, options.spherical)
     with blas_threads(1), ThreadPoolExecutor(options.num_threads) as pool:
         starts = list(pool.map(ladder.start, range(options.restarts or default_starts(num_clusters))))
         climbed = ladder.climb(best_start(starts).centroids_KD, pool.map)

@@ -18,7 +18,7 @@ good for many clusters, where one start is as good as any), mini-batches (the re
 Shape letters: S examples of the sample, D feature dim, K clusters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +43,15 @@ def rung_rows(num_clusters: int) -> tuple[int, ...]:
 
 
 class Ladder:
-    """A sample, and the rows of it that the starts and the rungs look at: those with the smallest hashes, smallest first."""
+    """A sample, and the rows of it that the starts and the rungs look at: those with the smallest hashes, smallest first.
+
+    Only these rows' features are read, and of a start only the first rung's: the sample's may not fit in memory beside others.
+    """
 
     def __init__(
         self,
-        sample_SD: NDArray[np.float32],
         ids_S16: NDArray[np.uint8],
+        read: Callable[[NDArray[np.intp]], NDArray[np.float32]],
         num_clusters: int,
         seed: int,
         spherical: bool = False,
@@ -56,19 +59,19 @@ class Ladder:
         """Choose the rows.
 
         Args:
-            sample_SD: float32 [S, D], finite, in any order.
             ids_S16: distinct example ids, uint8 [S, 16].
+            read: gives the features of some rows of the sample, in the order asked for, float32 [n, D], finite; such as
+                `sample_SD.__getitem__`.
             num_clusters: K.
             seed: the recipe's seed.
             spherical: see `kmeans.update`; no centroid starts at a row that is zero then.
         """
-        self._sample_SD, self._sample_ids_S16 = sample_SD, ids_S16
+        self._ids_S16, self._read = ids_S16, read
         self._num_clusters, self._seed, self._spherical = num_clusters, seed, spherical
         self._rungs = rung_rows(num_clusters)
         hashes_S, count = hash_ids(ids_S16, seed, "kmeans-start"), self._rungs[-1]
         rows = np.argpartition(hashes_S, count)[:count] if count < len(hashes_S) else np.arange(len(hashes_S))
-        rows = rows[np.argsort(hashes_S[rows], kind="stable")]
-        self._features_SD, self._ids_S16 = sample_SD[rows], ids_S16[rows]
+        self._rows: NDArray[np.intp] = rows[np.argsort(hashes_S[rows], kind="stable")]
 
     def start(self, attempt: int = 0) -> KMeansFit:
         """One start: k-means++ and passes over the first rung.
@@ -79,16 +82,21 @@ class Ladder:
         Raises:
             DataError: the sample holds fewer distinct features than clusters, or NaN or infinity.
         """
-        features_SD, ids_S16 = self._features_SD[: self._rungs[0]], self._ids_S16[: self._rungs[0]]
+        features_SD, ids_S16 = self._rung(self._rungs[0])
         attempt_seed = self._seed if attempt == 0 else derive_seed(self._seed, "restart", attempt)
         count = max(_LEAST_ROWS, _SEED_ROWS_PER_CLUSTER * self._num_clusters)
         try:
             seeds_KD = self._seeds(features_SD, ids_S16, attempt_seed, count)
         except DataError:
             # So many copies that a few rows do not hold K distinct ones; all rows may.
-            seeds_KD = self._seeds(self._sample_SD, self._sample_ids_S16, attempt_seed)
+            seeds_KD = self._seeds(self._read(np.arange(len(self._ids_S16))), self._ids_S16, attempt_seed)
         scan_first = scan_in_memory(features_SD, ids_S16, _BATCH_ROWS, map)
         return refine_with(scan_first, seeds_KD, _START_PASSES, _START_TOLERANCE, self._spherical)
+
+    def _rung(self, count: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Features and ids of the first rows, or of all that there are."""
+        rows = self._rows[:count]
+        return self._read(rows), self._ids_S16[rows]
 
     def _seeds(
         self, features_SD: NDArray[np.float32], ids_S16: NDArray[np.uint8], seed: int, count: int | None = None
@@ -107,12 +115,12 @@ class Ladder:
             start_KD: float32 [K, D].
             run: scans batches of rows, at once if it likes.
         """
+        features_SD, ids_S16 = self._rung(self._rungs[-1])
         for count in self._rungs[1:]:
-            features_SD, ids_S16 = self._features_SD[:count], self._ids_S16[:count]
-            scan_rung = scan_in_memory(features_SD, ids_S16, min(_BATCH_ROWS, count // _GROWTH), run)
+            scan_rung = scan_in_memory(features_SD[:count], ids_S16[:count], min(_BATCH_ROWS, count // _GROWTH), run)
             fit = refine_with(scan_rung, start_KD, _RUNG_PASSES, _RUNG_TOLERANCE, self._spherical)
             start_KD = fit.centroids_KD
-            if count >= len(self._ids_S16):
+            if count >= len(ids_S16):
                 break
         return fit
 

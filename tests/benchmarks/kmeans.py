@@ -120,7 +120,7 @@ def run_ours(features_ND: np.ndarray, clusters: int, seed: int, goal: float) -> 
             objectives.append((total.sums.objective, time.perf_counter() - began))
             return total
 
-        ladder = Ladder(features_ND, ids_N16, clusters, seed)
+        ladder = Ladder(ids_N16, features_ND.__getitem__, clusters, seed)
         fits = list(pool.map(ladder.start, range(default_starts(clusters))))
         climbed = ladder.climb(best_start(fits).centroids_KD, pool.map)
         refine_with(scan_all, climbed.centroids_KD, PASSES, 1e-4)

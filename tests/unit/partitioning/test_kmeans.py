@@ -220,14 +220,14 @@ def test_fit_one_cluster_is_the_mean():
 def test_starts_and_rungs_look_at_a_bounded_number_of_rows_and_any_order_gives_the_same_bytes():
     lowest, _, highest = rung_rows(4)
     features, _, ids = blobs(rows=highest + 500, centers=4, spread=3.0)
-    expected = Ladder(features, ids, 4, seed=2).start()
+    expected = Ladder(ids, features.__getitem__, 4, seed=2).start()
     order = np.random.default_rng(3).permutation(len(features))
-    found = Ladder(features[order], ids[order], 4, seed=2).start()
+    found = Ladder(ids[order], features[order].__getitem__, 4, seed=2).start()
     assert found.centroids_KD.tobytes() == expected.centroids_KD.tobytes()
     assert expected.counts_K.sum() == lowest
-    climbed = Ladder(features, ids, 4, seed=2).climb(expected.centroids_KD)
+    climbed = Ladder(ids, features.__getitem__, 4, seed=2).climb(expected.centroids_KD)
     with ThreadPoolExecutor(2) as pool:
-        again = Ladder(features[order], ids[order], 4, seed=2).climb(found.centroids_KD, pool.map)
+        again = Ladder(ids[order], features[order].__getitem__, 4, seed=2).climb(found.centroids_KD, pool.map)
     assert again.centroids_KD.tobytes() == climbed.centroids_KD.tobytes()
     assert climbed.counts_K.sum() == highest
 
@@ -236,7 +236,7 @@ def test_climbing_goes_nearer_to_the_optimum_of_all_rows_than_a_start():
     """Within K / n of it, n the rows of the highest rung; with no clusters to be found, where the descent is slow."""
     features = np.random.default_rng(0).standard_normal((40_000, 8), np.float32)
     ids = random_ids(len(features))
-    ladder = Ladder(features, ids, 8, seed=0)
+    ladder = Ladder(ids, features.__getitem__, 8, seed=0)
     start = ladder.start().centroids_KD
     climbed = ladder.climb(start).centroids_KD
     scan = scan_all(features, ids)
@@ -248,7 +248,7 @@ def test_climbing_goes_nearer_to_the_optimum_of_all_rows_than_a_start():
 
 def test_a_sample_smaller_than_a_rung_is_a_rung_itself():
     features, _, ids = blobs(rows=3000, centers=4, spread=3.0)
-    ladder = Ladder(features, ids, 4, seed=0)
+    ladder = Ladder(ids, features.__getitem__, 4, seed=0)
     start = ladder.start()
     assert start.counts_K.sum() == rung_rows(4)[0]
     climbed = ladder.climb(start.centroids_KD)
@@ -266,13 +266,13 @@ def test_fewer_starts_are_made_of_more_clusters():
 def test_start_finds_the_few_distinct_points_among_copies():
     features = np.zeros((20_000, 1), np.float32)
     features[:3] = [[1], [2], [3]]
-    found = Ladder(features, random_ids(20_000), 4, seed=0).start()
+    found = Ladder(random_ids(20_000), features.__getitem__, 4, seed=0).start()
     assert len(np.unique(found.centroids_KD)) == 4
 
 
 def test_restarts_draw_other_seeds_and_the_best_is_taken():
     features, _, ids = blobs(rows=3000, centers=40, spread=4.0)
-    starts = [Ladder(features, ids, 40, seed=0).start(attempt) for attempt in range(4)]
+    starts = [Ladder(ids, features.__getitem__, 40, seed=0).start(attempt) for attempt in range(4)]
     objectives = [start.objective_per_pass[-1] for start in starts]
     assert len(set(objectives)) > 1
     assert best_start(starts).objective_per_pass[-1] == min(objectives)
