@@ -129,7 +129,8 @@ class TemperatureWork:
                 said_NkV = log_probabilities(model, shard.features_NkE[some], shard.experts_Nk[some])
                 said_Lk = said_NkV[rows_L[of] - start, :, labels.indices_L[of]].double().numpy()
                 for index, temperature in enumerate(TEMPERATURES_T):
-                    mixed_L = np.logaddexp.reduce(said_Lk + log_weights(shard.squared_Nk, temperature)[rows_L[of]], axis=1)
+                    weights_Lk = log_weights(shard.squared_Nk[some], temperature)[rows_L[of] - start]
+                    mixed_L = np.logaddexp.reduce(said_Lk + weights_Lk, axis=1)
                     np.subtract.at(losses_TN[index], rows_L[of], mixed_L / lengths_N[rows_L[of]])
         units_T = np.rint(losses_TN * _UNIT).astype(np.int64).sum(axis=1)
         return {"examples": int((lengths_N > 0).sum()), "losses": units_T.tolist()}
