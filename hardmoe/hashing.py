@@ -30,6 +30,13 @@ def _mix(values_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values_N ^ (values_N >> np.uint64(31))
 
 
+def number_ids(count: int) -> NDArray[np.uint8]:
+    """Ids of things that have only a number, such as tags: it in 16 bytes, little end first; uint8 [N, 16]."""
+    ids_N16 = np.zeros((count, 16), np.uint8)
+    ids_N16.view("<u8")[:, 0] = np.arange(count)
+    return ids_N16
+
+
 def hash_ids(ids_N16: NDArray[np.uint8], seed: int, *names: str | int) -> NDArray[np.uint64]:
     """Hash example ids for one purpose.
 

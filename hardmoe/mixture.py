@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hardmoe.artifacts.gate import has_features_from_elsewhere, has_random_parts
+from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.images import UndecodableImageError, load_square
 from hardmoe.data.reading import tag_names
 from hardmoe.errors import DataError
 from hardmoe.evaluation.topk import log_weights
-from hardmoe.experts.stages import expert_name
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.branching import split
 from hardmoe.models.shared_decoder import SharedDecoder, load_shared_decoder
@@ -89,14 +90,13 @@ class Mixture:
         store = ArtifactStore(open_storage(root))
         for name in ("trunk", "partition", "decoder", "vocabulary"):
             store.get(name)
-        if store.get("partition").record.config["partition"]["method"] == "random":
+        if has_random_parts(store.get("partition")):
             raise DataError(
                 f"the partition in {root} is random, so nothing says which expert a new image goes to; "
                 "take a run with partition.method: kmeans, balanced, two_level or given"
             )
         store.get("router")
-        features = store.find("features")
-        if features is not None and "external" in features.record.config:
+        if has_features_from_elsewhere(store.find("features")):
             raise DataError(
                 f"the partition in {root} goes by features that were computed elsewhere (features.path), so a new image cannot "
                 "be sent to an expert; take a run without features.path"

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from hardmoe.artifacts.names import DENSE, expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.inventory import Inventory, take_inventory
@@ -22,7 +23,6 @@ from hardmoe.experts.origin import Origin, identify_origin
 from hardmoe.experts.stages import (
     dense_stage,
     embeddings_stage,
-    expert_name,
     expert_stage,
     match_name,
     nearest_embeddings_stage,
@@ -38,7 +38,6 @@ from hardmoe.stage import Stage
 from hardmoe.storage import open_storage
 from hardmoe.trunk.stage import trunk_stage
 
-DENSE = "baselines/dense"
 DENSE_EMBEDDINGS = "baselines/dense_embeddings"
 DENSE_REFIT = "baselines/dense_refit"
 RANDOM = "baselines/random"

@@ -128,6 +128,11 @@ class InputArtifact(Protocol):
         ...
 
 
+def name_within(artifact: InputArtifact, path: str) -> str:
+    """A file's name within an artifact, of its path in `storage`: the inverse of `InputArtifact.path`."""
+    return path.removeprefix(artifact.path("")).lstrip("/")
+
+
 class Context(Protocol):
     """What a stage's code sees of the run, on the driver and in a unit alike."""
 

@@ -7,12 +7,12 @@ recipe as its identity, which says what was asked for and not what came of it.
 from dataclasses import dataclass
 
 from hardmoe.artifacts.fingerprint import digest
+from hardmoe.artifacts.gate import has_features_from_elsewhere, has_random_parts
+from hardmoe.artifacts.names import DENSE, expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
 from hardmoe.errors import DataError, MissingRecordError, RecipeError, StorageError
 from hardmoe.storage import open_storage
-
-_DENSE = "baselines/dense"
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class OtherRun:
     def _open(cls, store: ArtifactStore, root: str) -> "OtherRun":
         partition, features = store.get("partition"), store.find("features")
         reason = None
-        if partition.record.config["partition"]["method"] == "random":
+        if has_random_parts(partition):
             reason = "its parts are random"
-        elif features is not None and "external" in features.record.config:
+        elif has_features_from_elsewhere(features):
             reason = "it goes by features that were computed elsewhere (features.path)"
         if reason is not None:
             raise RecipeError(
                 f"experts.init cannot start from the run {root}: {reason}, so nothing says which of its experts an image belongs "
                 "to; name another run"
             )
-        experts = tuple(store.get(f"experts/expert-{expert:04d}") for expert in range(partition.payload["experts"]))
-        return cls(root, store.get("trunk"), store.get("router"), store.get("vocabulary"), experts, store.find(_DENSE))
+        experts = tuple(store.get(f"experts/{expert_name(expert)}") for expert in range(partition.payload["experts"]))
+        return cls(root, store.get("trunk"), store.get("router"), store.get("vocabulary"), experts, store.find(DENSE))
 
     def identity(self) -> Json:
         """What the fingerprints of networks that start from its experts say of it."""

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import yaml
 
+from hardmoe.artifacts.names import DENSE, expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.checks import check_before_building, taken_over
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
@@ -21,7 +22,6 @@ from hardmoe.execution.display import Display, make_display
 from hardmoe.execution.plan import Plan, make_plan
 from hardmoe.execution.progress import Reporter
 from hardmoe.execution.runner import Runner, RunnerOptions
-from hardmoe.experts.stages import expert_name
 from hardmoe.pipeline import build_stages, identify_inputs, select
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
@@ -165,7 +165,7 @@ def print_metrics(built: Built) -> None:
 
 def _print_unequal_costs(built: Built) -> None:
     """What each side of the comparison has seen, where an early stop or repeats of rare hashtags made it unequal."""
-    dense = built.plan.artifacts.get("baselines/dense")
+    dense = built.plan.artifacts.get(DENSE)
     experts = [artifact for name, artifact in built.plan.artifacts.items() if name.startswith("experts/")]
     seen = sum(artifact.payload["examples_seen"] for artifact in experts)
     if dense is not None and seen != dense.payload["examples_seen"]:

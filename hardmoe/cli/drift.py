@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
+from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.provenance import describe, now
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.build import Built, build
 from hardmoe.cli.common import format_table, recipe_of
 from hardmoe.errors import RecipeError
-from hardmoe.experts.stages import expert_name
 from hardmoe.partitioning.advice_stages import CHECKS
 from hardmoe.partitioning.drift import HELD_OUT, NEW, TRAINING
 from hardmoe.pipeline import check_can_route, drift_stages

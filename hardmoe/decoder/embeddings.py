@@ -20,7 +20,7 @@ from hardmoe.data.loader import SparseTargets
 from hardmoe.data.ragged import consecutive, offsets_of, take_rows
 from hardmoe.data.resampling import batch_slice, epoch_order, num_batches
 from hardmoe.errors import DataError
-from hardmoe.hashing import derive_seed, hash_ids
+from hardmoe.hashing import derive_seed, hash_ids, number_ids
 
 _DIGEST_ROWS = 4096
 _MASK_64 = (1 << 64) - 1
@@ -190,7 +190,5 @@ class EmbeddingSet:
 
 def _weighted(words_nE: NDArray[np.uint16]) -> NDArray[np.uint64]:
     """The sum of every row's words times seeded odd numbers, modulo 2^64; uint64 [n]."""
-    names_E16 = np.zeros((words_nE.shape[1], 16), np.uint8)
-    names_E16.view("<u8")[:, 0] = np.arange(len(names_E16))
-    factors_E = hash_ids(names_E16, derive_seed(0, "words")) | np.uint64(1)
+    factors_E = hash_ids(number_ids(words_nE.shape[1]), derive_seed(0, "words")) | np.uint64(1)
     return np.asarray((words_nE.astype(np.uint64) * factors_E).sum(axis=1, dtype=np.uint64))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hardmoe.hashing import hash_fractions
+from hardmoe.hashing import hash_fractions, number_ids
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,11 @@ class TagSampler:
     def __init__(self, counts_V: NDArray[np.int64], sampled_tags: int, seed: int) -> None:
         self.probabilities_V = inclusion_probabilities(counts_V, sampled_tags)
         self._seed = seed
-        self._names_V16 = np.zeros((len(counts_V), 16), np.uint8)
-        self._names_V16.view("<u8")[:, 0] = np.arange(len(counts_V))
+        self._ids_V16 = number_ids(len(counts_V))
 
     def choose(self, labels_L: NDArray[np.integer], step: int) -> ChosenTags:
         """The tags of one step, given the labels of its batch."""
-        is_chosen_V = hash_fractions(self._names_V16, self._seed, "tags", step) < self.probabilities_V
+        is_chosen_V = hash_fractions(self._ids_V16, self._seed, "tags", step) < self.probabilities_V
         is_chosen_V[labels_L] = True
         tags_T = np.flatnonzero(is_chosen_V)
         probabilities_T = self.probabilities_V[tags_T]

@@ -9,12 +9,12 @@ from collections.abc import Generator
 import numpy as np
 import pyarrow as pa
 
+from hardmoe.artifacts.names import expert_name
 from hardmoe.config import Json
 from hardmoe.data.reading import example_shards, open_examples
 from hardmoe.data.schemas import SPLITS
 from hardmoe.errors import DataError
-from hardmoe.experts.stages import expert_name
-from hardmoe.stage import Completion, Context, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, Context, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import ID_TYPE, build_table, ids_from_array, vector_type, vectors_from_array, write_table
 
 
@@ -29,11 +29,10 @@ class EmbeddingsWork:
             raise DataError(f"the experts have features of different widths {dims}; one decoder needs one width")
         examples = context.input("examples")
         partitioned: bool = context.stage.config["partitioned"]
-        prefix = examples.path("")
         units = []
         for split in SPLITS:
             shards = [
-                (expert, path.removeprefix(prefix).lstrip("/"))
+                (expert, name_within(examples, path))
                 for expert in range(len(networks))
                 for path in example_shards(examples, split, expert if partitioned else None)
             ]

@@ -11,12 +11,12 @@ from collections.abc import Generator
 import numpy as np
 import pyarrow as pa
 
+from hardmoe.artifacts.names import expert_name
 from hardmoe.config import Json
 from hardmoe.data.ids import sortable
 from hardmoe.data.reading import open_examples, read_examples
 from hardmoe.data.schemas import NEAREST
-from hardmoe.experts.stages import expert_name
-from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import build_table, ids_to_array, read_table, vector_type, vectors_from_array, write_table
 
 
@@ -26,8 +26,7 @@ class NearestEmbeddingsWork:
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """Every shard."""
         nearest = context.input("nearest")
-        prefix = nearest.path("")
-        paths = [path.removeprefix(prefix).lstrip("/") for path in nearest.files("split=")]
+        paths = [name_within(nearest, path) for path in nearest.files("split=")]
         done = yield Phase("embed", [Unit(f"{index:05d}", {"path": path}) for index, path in enumerate(paths)])
         network = context.input(expert_name(0))
         dim, top_k = network.payload["num_features"], nearest.payload["top_k"]

@@ -7,6 +7,7 @@ which an overwritten file does not change.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hardmoe.artifacts.names import DENSE, expert_name
 from hardmoe.artifacts.other_run import OtherRun
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.config import Json
@@ -14,7 +15,7 @@ from hardmoe.data.inventory import take_inventory
 from hardmoe.data.sources.files import find_inputs
 from hardmoe.errors import DataError
 from hardmoe.experts.config import ExpertsConfig
-from hardmoe.experts.stages import START, expert_name
+from hardmoe.experts.stages import START
 
 KEY = "experts.init"
 _CACHE_PATH = "experts/_progress/inventory.json"
@@ -54,7 +55,7 @@ def identify_origin(config: ExpertsConfig, num_experts: int, has_dense: bool, st
         return Origin({"sha256": sha256}, {"sha256": sha256})
     except DataError:
         experts = _recorded(store, [f"experts/{expert_name(expert)}" for expert in range(num_experts)])
-        dense = _recorded(store, ["baselines/dense"])
+        dense = _recorded(store, [DENSE])
         if experts is None and dense is None:
             raise
         return Origin(experts, dense)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from hardmoe.artifacts.names import DENSE, expert_name
 from hardmoe.config import Json
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.stage import Resources, Stage
@@ -15,11 +16,6 @@ MATCHES = "matches"
 """Role in which an expert reads which one of another run it starts from."""
 START = "start"
 """Key of a stage's config: the identity of what its network starts from, where that lies outside the root."""
-
-
-def expert_name(expert: int) -> str:
-    """`expert-0007`."""
-    return f"expert-{expert:04d}"
 
 
 def expert_stage(
@@ -50,7 +46,7 @@ def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None
             more epochs, which need not be a whole number and would show other examples than the experts see more often.
         start: as for `expert_stage`.
     """
-    stage = _network_stage("baselines/dense", config, seed, None, "dataset", start)
+    stage = _network_stage(DENSE, config, seed, None, "dataset", start)
     return stage if overlapping is None else replace(stage, inputs={**stage.inputs, EXTRA_COPIES: overlapping})
 
 

@@ -32,7 +32,7 @@ from hardmoe.errors import DataError, StorageError
 from hardmoe.features.columns import FEATURE, ID, check_columns, read_ids, read_vectors
 from hardmoe.features.config import FeaturesConfig
 from hardmoe.features.files import features_files, features_inventory
-from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import (
     ID_TYPE,
     build_table,
@@ -98,8 +98,7 @@ def _check_unchanged(context: DriverContext, config: FeaturesConfig) -> None:
 
 def _shards(dataset: InputArtifact) -> list[tuple[str, str]]:
     """Split and path within the dataset of every shard."""
-    prefix = dataset.path("")
-    return [(split, path.removeprefix(prefix).lstrip("/")) for split in SPLITS for path in dataset.files(f"split={split}/")]
+    return [(split, name_within(dataset, path)) for split in SPLITS for path in dataset.files(f"split={split}/")]
 
 
 def _unit_name(path: str) -> str:

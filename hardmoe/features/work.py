@@ -10,7 +10,7 @@ import pyarrow as pa
 from hardmoe.config import Json
 from hardmoe.data.reading import open_examples
 from hardmoe.data.schemas import SPLITS
-from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import ID_TYPE, build_table, ids_from_array, vector_type, vectors_from_array, write_table
 
 
@@ -20,11 +20,10 @@ class FeaturesWork:
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """Every shard of every split, once."""
         dataset = context.input("dataset")
-        prefix = dataset.path("")
         units = []
         for split in SPLITS:
             for path in dataset.files(f"split={split}/"):
-                relative = path.removeprefix(prefix).lstrip("/")
+                relative = name_within(dataset, path)
                 units.append(
                     Unit(f"{split}-{relative.rpartition('/')[2].removesuffix('.parquet')}", {"path": relative, "split": split})
                 )

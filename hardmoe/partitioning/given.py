@@ -24,7 +24,7 @@ from hardmoe.partitioning.exact_sums import ClusterSums
 from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.transform_fit import TRANSFORM_PHASES, load_transform, run_transform, transform_phases
-from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import ids_to_array, read_table
 
 
@@ -37,8 +37,7 @@ class GivenRouterWork:
         parts = context.input("dataset").payload["parts"]
         check_parts(parts, config.experts)
         features = context.input("features")
-        prefix = features.path("")
-        paths = [path.removeprefix(prefix).lstrip("/") for path in features.files("split=train/")]
+        paths = [name_within(features, path) for path in features.files("split=train/")]
         fitted = yield from transform_phases(context, config, paths, features.payload["dim"])
         summed = yield Phase("sum", [Unit(f"{i:05d}", {"path": path, **fitted.arguments}) for i, path in enumerate(paths)])
         total = ClusterSums.zero(config.experts, fitted.transform.width(features.payload["dim"]))

@@ -14,7 +14,7 @@ from hardmoe.config import Json
 from hardmoe.data.schemas import NEAREST
 from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.regroup import load_router
-from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import build_table, ids_from_array, write_table
 
 _SPLITS = ("validation", "test")
@@ -26,8 +26,7 @@ class NearestWork:
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """Every shard of both splits."""
         features = context.input("features")
-        prefix = features.path("")
-        paths = [path.removeprefix(prefix).lstrip("/") for split in _SPLITS for path in features.files(f"split={split}/")]
+        paths = [name_within(features, path) for split in _SPLITS for path in features.files(f"split={split}/")]
         done = yield Phase("route", [Unit(f"{index:05d}", {"path": path}) for index, path in enumerate(paths)])
         return Finished({"rows": sum(d.payload["rows"] for d in done), "top_k": context.stage.config["top_k"]})
 

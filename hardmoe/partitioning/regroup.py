@@ -36,7 +36,7 @@ from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.given import aligned_parts, read_parts
 from hardmoe.partitioning.parts import Membership, check_complete, merge, merge_unit, write_regrouped
 from hardmoe.partitioning.router import CENTROIDS_FILE, DESCRIPTION_FILE, TRANSFORM_FILE, Router
-from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import build_table, ids_from_array, write_table
 
 _PRIMARY, _EXTRA = "regrouped", "extra"
@@ -55,9 +55,8 @@ class PartitionWork:
         balanced: Balanced | None = None
         features = context.input("features")
         shards = [(split, path) for split in SPLITS for path in features.files(f"split={split}/")]
-        prefix = features.path("")
         units = [
-            Unit(f"{i:05d}", {"path": path.removeprefix(prefix).lstrip("/"), "split": split, "index": i, "of": len(shards)})
+            Unit(f"{i:05d}", {"path": name_within(features, path), "split": split, "index": i, "of": len(shards)})
             for i, (split, path) in enumerate(shards)
         ]
         training = [unit for unit in units if unit.arguments["split"] == "train"]

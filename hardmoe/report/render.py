@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from hardmoe.artifacts.names import DENSE, expert_name
 from hardmoe.report import charts
 from hardmoe.report.charts import Bar, Captions, Interval, Series
 from hardmoe.report.formats import format_count, format_duration, format_percent, format_points, format_time
@@ -63,11 +64,6 @@ class Headline:
     sentence: str
     detail: str
     difference: Metric | None
-
-
-def expert_name(expert: int) -> str:
-    """The unit's name of an expert, `expert-0007`; also the anchor of its card."""
-    return f"expert-{expert:04d}"
 
 
 def image_title(exemplar: Exemplar) -> str:
@@ -119,7 +115,7 @@ def write_headline(data: ReportData) -> Headline:
 
 def _dense_cost(networks: Sequence[Network]) -> str:
     """What the dense baseline saw beside the experts, who may have stopped early or repeated more images."""
-    dense = sum(network["examples_seen"] for network in networks if network["name"] == "baselines/dense")
+    dense = sum(network["examples_seen"] for network in networks if network["name"] == DENSE)
     experts = sum(network["examples_seen"] for network in networks if network["name"].startswith("experts/"))
     if dense == experts:
         return "as many images in total"

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from embedding_rows import embedding_rows
 
 from hardmoe.data.resampling import batch_slice, epoch_order
 from hardmoe.decoder.config import DecoderConfig
@@ -27,17 +28,9 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def embedding_rows(num_examples: int = 90, seed: int = 0, labels_upto: int = 3):
-    """Unsorted rows; some examples have no label."""
-    generator = np.random.default_rng(seed)
-    labels = [generator.choice(V, generator.integers(0, labels_upto + 1), replace=False) for _ in range(num_examples)]
-    return (
-        generator.integers(0, 256, (num_examples, 16), dtype=np.uint8),
-        generator.normal(size=(num_examples, E)).astype(np.float16),
-        generator.integers(0, K, num_examples).astype(np.int32),
-        np.concatenate(labels).astype(np.int32),
-        np.cumsum([0, *map(len, labels)]).astype(np.int64),
-    )
+def some_rows(num_examples: int = 90, seed: int = 0):
+    """Some examples have no label."""
+    return embedding_rows(num_examples, E, V, seed, fewest_labels=0)
 
 
 def start(align: str = "affine", dim: int | None = None) -> SharedDecoder:
@@ -95,7 +88,7 @@ def numpy_fit(model: SharedDecoder, examples: EmbeddingSet, config: DecoderConfi
 
 def test_fit_equals_a_float64_reference_written_by_hand():
     config = DecoderConfig(epochs=3, batch_size=25, learning_rate=0.02, weight_decay=0.1, dim=2 * E)
-    examples = EmbeddingSet.from_rows(*embedding_rows())
+    examples = EmbeddingSet.from_rows(*some_rows())
     model = start(dim=2 * E)
     expected, losses = numpy_fit(model, examples.labelled(), config, seed=4)
     log = MetricsLog()
@@ -110,7 +103,7 @@ def test_fit_equals_a_float64_reference_written_by_hand():
 
 
 def test_fit_does_not_depend_on_the_order_of_rows():
-    ids, embeddings, experts, indices, offsets = embedding_rows()
+    ids, embeddings, experts, indices, offsets = some_rows()
     order = np.random.default_rng(1).permutation(len(ids))
     labels = [indices[offsets[row] : offsets[row + 1]] for row in order]
     shuffled = (ids[order], embeddings[order], experts[order], np.concatenate(labels), np.cumsum([0, *map(len, labels)]))
@@ -124,7 +117,7 @@ def test_fit_does_not_depend_on_the_order_of_rows():
 
 
 def test_renumbering_experts_only_permutes_the_alignment():
-    ids, embeddings, experts, indices, offsets = embedding_rows()
+    ids, embeddings, experts, indices, offsets = some_rows()
     new_number = np.array([2, 0, 1], dtype=np.int32)
     config = DecoderConfig(epochs=3, batch_size=16)
     model, renumbered = start(), start()
@@ -153,8 +146,8 @@ RESUMED = {
 @pytest.mark.parametrize("killed_after", [2, 7, 11, 17])
 @pytest.mark.parametrize("variant", RESUMED)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, killed_after, variant):
-    training = EmbeddingSet.from_rows(*embedding_rows(seed=0))
-    validation = EmbeddingSet.from_rows(*embedding_rows(seed=1, num_examples=40))
+    training = EmbeddingSet.from_rows(*some_rows(seed=0))
+    validation = EmbeddingSet.from_rows(*some_rows(seed=1, num_examples=40))
     config = DecoderConfig(epochs=3, batch_size=12, checkpoint_every_steps=3, **RESUMED[variant])
 
     def sinks(name: str, progress=None) -> TrainingSinks:
@@ -182,7 +175,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, killed_af
 
 
 def test_checkpoints_of_another_fit_are_not_taken_up(tmp_path, caplog):
-    examples = EmbeddingSet.from_rows(*embedding_rows())
+    examples = EmbeddingSet.from_rows(*some_rows())
     checkpoints = Checkpoints(LocalStorage(tmp_path), "checkpoints")
     config = DecoderConfig(epochs=2, batch_size=12, checkpoint_every_steps=3)
     fit(start(), examples, None, config, 0, TrainingSinks(checkpoints))
@@ -260,7 +253,7 @@ def test_without_alignment_no_linear_decoder_whatever_beats_chance_where_alignme
 
 
 def test_sampling_every_tag_is_the_full_fit_to_the_bit():
-    examples = EmbeddingSet.from_rows(*embedding_rows())
+    examples = EmbeddingSet.from_rows(*some_rows())
     models = start(), start()
     fit(models[0], examples, None, DecoderConfig(epochs=2, batch_size=16), seed=0)
     fit(models[1], examples, None, DecoderConfig(epochs=2, batch_size=16, classes="sampled", sampled_tags=V), seed=0)
@@ -281,7 +274,7 @@ def test_fitted_from_few_sampled_tags_the_decoder_is_nearly_as_good():
 
 
 def test_bad_rows_are_refused():
-    ids, embeddings, experts, indices, offsets = embedding_rows()
+    ids, embeddings, experts, indices, offsets = some_rows()
     with pytest.raises(ValueError, match="different numbers"):
         EmbeddingSet.from_rows(ids[:-1], embeddings, experts, indices, offsets)
     ids[0] = ids[1]
@@ -290,7 +283,7 @@ def test_bad_rows_are_refused():
 
 
 def test_impossible_fits_are_refused():
-    ids, embeddings, experts, indices, offsets = embedding_rows()
+    ids, embeddings, experts, indices, offsets = some_rows()
     none = EmbeddingSet.from_rows(ids, embeddings, experts, indices[:0], np.zeros_like(offsets))
     with pytest.raises(DataError, match="no training example has a tag"):
         fit(start(), none, None, DecoderConfig(), 0)

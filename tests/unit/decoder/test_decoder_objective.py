@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from embedding_rows import embedding_rows
 
 from hardmoe.decoder import objective as objective_module
 from hardmoe.decoder.config import DecoderConfig
@@ -23,16 +24,8 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def batch_of(num_examples: int = B, seed: int = 0, tags: int = V) -> EmbeddingSet:
-    generator = np.random.default_rng(seed)
-    labels = [generator.choice(tags, generator.integers(1, 4), replace=False) for _ in range(num_examples)]
-    return EmbeddingSet.from_rows(
-        generator.integers(0, 256, (num_examples, 16), dtype=np.uint8),
-        generator.normal(size=(num_examples, E)).astype(np.float16),
-        generator.integers(0, K, num_examples).astype(np.int32),
-        np.concatenate(labels).astype(np.int32),
-        np.cumsum([0, *map(len, labels)]).astype(np.int64),
-    )
+def batch_of(num_examples: int = B, tags: int = V) -> EmbeddingSet:
+    return EmbeddingSet.from_rows(*embedding_rows(num_examples, E, tags))
 
 
 def model_of(form: DecoderForm, tags: int = V) -> SharedDecoder:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from embedding_rows import embedding_rows
 from memory import run_measured
 
 from hardmoe.decoder.config import DecoderConfig
@@ -28,15 +29,7 @@ def one_thread():
 
 
 def examples_in_memory(seed: int = 0) -> EmbeddingSet:
-    generator = np.random.default_rng(seed)
-    labels = [generator.choice(V, generator.integers(1, 4), replace=False) for _ in range(N)]
-    return EmbeddingSet.from_rows(
-        generator.integers(0, 256, (N, 16), dtype=np.uint8),
-        generator.normal(size=(N, E)).astype(np.float16),
-        generator.integers(0, K, N).astype(np.int32),
-        np.concatenate(labels).astype(np.int32),
-        np.cumsum([0, *map(len, labels)]).astype(np.int64),
-    )
+    return EmbeddingSet.from_rows(*embedding_rows(N, E, V, seed))
 
 
 @pytest.fixture

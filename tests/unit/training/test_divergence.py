@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
+from labelled_examples import make_examples
 from torch import nn
 
-from hardmoe.data.loader import ExampleSet
 from hardmoe.errors import HardmoeError
 from hardmoe.models.backbones import TagClassifier, build_backbone
 from hardmoe.storage import LocalStorage
@@ -58,13 +57,6 @@ def _short_way_back() -> Iterator[None]:
         patch.setattr(divergence, "ANCHOR_STEPS", ANCHOR)
         patch.setattr(divergence, "MARGIN_STEPS", MARGIN)
         yield
-
-
-def make_examples(num: int, seed: int) -> ExampleSet:
-    chance = np.random.default_rng(seed)
-    ids = chance.integers(0, 256, (num, 16), dtype=np.uint8)
-    images = chance.integers(0, 256, (num, 3, 8, 8), dtype=np.uint8)
-    return ExampleSet(ids, images, np.arange(num), chance.integers(0, 5, num).astype(np.int32), np.arange(num + 1))
 
 
 EXAMPLES, VALIDATION = make_examples(52, 0), make_examples(9, 1)

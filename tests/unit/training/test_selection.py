@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from labelled_examples import make_examples
 
-from hardmoe.data.loader import ExampleSet
 from hardmoe.errors import PreemptedError, RecipeError
 from hardmoe.models.backbones import TagClassifier, build_backbone
 from hardmoe.recipe import parse_recipe
@@ -32,13 +32,6 @@ SCORES = (0.2, 0.5, 0.5, 0.4, 0.9, 0.9)
 
 class Killed(Exception):
     """Stands for a signal."""
-
-
-def make_examples(num: int, seed: int) -> ExampleSet:
-    chance = np.random.default_rng(seed)
-    ids = chance.integers(0, 256, (num, 16), dtype=np.uint8)
-    images = chance.integers(0, 256, (num, 3, 8, 8), dtype=np.uint8)
-    return ExampleSet(ids, images, np.arange(num), chance.integers(0, 5, num).astype(np.int32), np.arange(num + 1))
 
 
 EXAMPLES, VALIDATION = make_examples(29, 0), make_examples(11, 1)
