@@ -18,6 +18,7 @@ from hardmoe.data.sources.registry import open_source
 from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_followers, with_source
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError, RecipeError
+from hardmoe.evaluation.config import RivalConfig
 from hardmoe.evaluation.stage import System, evaluation_stage, temperature_stage
 from hardmoe.experts.origin import Origin, identify_origin
 from hardmoe.experts.stages import (
@@ -42,6 +43,7 @@ DENSE_EMBEDDINGS = "baselines/dense_embeddings"
 DENSE_REFIT = "baselines/dense_refit"
 RANDOM = "baselines/random"
 TOP_K = "topk"
+RIVALS = "rivals"
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,19 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     stages.append(partition_stage(recipe.partition, recipe.seed))
     mixture = _mixture(recipe, stages, ("partition", "experts", "embeddings", "decoder"), external.origin)
     # The trunk is judged by its own features, which nobody computes where the partition goes by others.
-    systems = {} if recipe.features.path else {"trunk": System("features", "feature", ("trunk",), shared=False)}
+    trunk = System("features", "feature", ("trunk",), shared=False, networks=("trunk",))
+    systems = {} if recipe.features.path else {"trunk": trunk}
     if recipe.evaluation.dense_baseline:
         systems |= _dense(recipe, stages, external.origin)
-    systems["experts_own_decoder"] = System(mixture.embeddings, "embedding", mixture.experts, shared=False)
-    systems["mixture"] = System(mixture.embeddings, "embedding", (mixture.decoder,), shared=True)
+    for name, rival in recipe.evaluation.rivals.items():
+        systems[name] = _rival(recipe, stages, name, rival)
+    whole = _system(recipe, mixture)
+    systems |= {"experts_own_decoder": replace(whole, decoders=mixture.experts, shared=False), "mixture": whole}
     if recipe.evaluation.top_k is not None:
         systems["mixture_topk"] = _top_k(recipe, stages, mixture, recipe.evaluation.top_k)
     if recipe.evaluation.random_partition:
         random = _random(recipe, stages, external.origin)
-        systems["random_partition"] = System(random.embeddings, "embedding", (random.decoder,), shared=True)
+        systems["random_partition"] = replace(_system(recipe, random), gate=None)
     stages.append(evaluation_stage(recipe.evaluation, systems, recipe.seed))
     stages.append(report_stage(recipe.what(), stages))
     return [with_source(stage, recipe.dataset) for stage in stages]
@@ -187,16 +192,46 @@ def _mixture(recipe: Recipe, stages: list[Stage], names: tuple[str, str, str, st
     return Mixture(partition, experts, embeddings, decoder)
 
 
+def _system(recipe: Recipe, mixture: Mixture) -> System:
+    """A mixture as a system: trunk, then one of the experts, then the shared decoder."""
+    return System(
+        mixture.embeddings,
+        "embedding",
+        (mixture.decoder,),
+        shared=True,
+        networks=mixture.experts,
+        starts=("trunk",),
+        gate=None if recipe.features.path or not recipe.partition.is_routed else "trunk",
+        branch_at=recipe.experts.shared_stage,
+    )
+
+
+def rival_network(name: str) -> str:
+    """The artifact of a rival's network."""
+    return f"{RIVALS}/{name}/network"
+
+
+def _rival(recipe: Recipe, stages: list[Stage], name: str, rival: RivalConfig) -> System:
+    """Add a network of all images that starts from fresh weights, its embeddings and its refitted decoder."""
+    network, embeddings, decoder = rival_network(name), f"{RIVALS}/{name}/embeddings", f"{RIVALS}/{name}/decoder"
+    epochs = rival.epochs or recipe.trunk.epochs + recipe.experts.epochs
+    config = recipe.trunk.model_copy(update={"backbone": rival.backbone, "stem": rival.stem, "epochs": epochs})
+    stages.append(trunk_stage(config, recipe.seed, network))
+    stages.append(embeddings_stage(embeddings, "dataset", {0: network}, partitioned=False))
+    stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, decoder, embeddings, start=network))
+    return System(embeddings, "embedding", (decoder,), shared=True, networks=(network,))
+
+
 def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, System]:
     """Add the dense baseline, its embeddings and its refitted decoder."""
     overlapping = "partition" if recipe.partition.has_extra_copies else None
     stages.append(dense_stage(recipe.experts, recipe.seed, overlapping, origin.dense))
     stages.append(embeddings_stage(DENSE_EMBEDDINGS, "dataset", {0: DENSE}, partitioned=False))
     stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
-    return {
-        "dense": System(DENSE_EMBEDDINGS, "embedding", (DENSE,), shared=False),
-        "dense_refit": System(DENSE_EMBEDDINGS, "embedding", (DENSE_REFIT,), shared=True),
-    }
+    starts = ("trunk",) if recipe.experts.init == "trunk" else ()
+    held = recipe.experts.shared_stage
+    dense = System(DENSE_EMBEDDINGS, "embedding", (DENSE,), shared=False, networks=(DENSE,), starts=starts, branch_at=held)
+    return {"dense": dense, "dense_refit": replace(dense, decoders=(DENSE_REFIT,), shared=True)}
 
 
 def _top_k(recipe: Recipe, stages: list[Stage], mixture: Mixture, top_k: int) -> System:
@@ -205,7 +240,7 @@ def _top_k(recipe: Recipe, stages: list[Stage], mixture: Mixture, top_k: int) ->
     stages.append(nearest_stage(top_k, nearest))
     stages.append(nearest_embeddings_stage(embeddings, nearest, dict(enumerate(mixture.experts))))
     stages.append(temperature_stage(temperature, embeddings, mixture.decoder))
-    return System(embeddings, "embedding", (mixture.decoder,), shared=True, temperature=temperature)
+    return replace(_system(recipe, mixture), embeddings=embeddings, passes=top_k, temperature=temperature)
 
 
 def _random(recipe: Recipe, stages: list[Stage], origin: Origin) -> Mixture:

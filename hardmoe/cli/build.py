@@ -160,7 +160,20 @@ def print_metrics(built: Built) -> None:
     if difference and difference["low"] is not None:
         low, high = 100 * difference["low"], 100 * difference["high"]
         click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    _print_costs(results["costs"])
     _print_unequal_costs(built)
+
+
+def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
+    """What every system takes, in use and in training."""
+    from hardmoe.report.formats import format_large
+
+    rows: list[Sequence[str]] = [("system", "parameters", "of one image", "FLOP/image", "images shown", "training FLOP")]
+    for system, cost in costs.items():
+        counts = (cost["parameters"], cost["active_parameters"], cost["flops"])
+        told = [*map(format_large, counts), f"{cost['images_seen']:,}", format_large(cost["training_flops"])]
+        rows.append((system, *told))
+    click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
 
 
 def _print_unequal_costs(built: Built) -> None:

@@ -107,7 +107,8 @@ def _dataset_facts(context: Context) -> DatasetFacts:
 def _metrics(context: Context) -> Metrics:
     evaluation = context.input("evaluation")
     body: Metrics = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))
-    return {key: body[key] for key in ("systems", "num_test_examples", "differences")}  # type: ignore[return-value]
+    keys = ("systems", "num_test_examples", "differences", "costs", "retrieval", "retrieval_differences")
+    return {key: body[key] for key in keys if key in body}  # type: ignore[return-value, literal-required]
 
 
 def _router(context: Context) -> RouterFit:
@@ -191,8 +192,15 @@ def _curves(context: Context) -> dict[str, list[CurvePoint]]:
         artifact = context.input(name)
         for path in artifact.files("metrics.jsonl"):
             rows = [json.loads(line) for line in artifact.storage.read_bytes(path).decode().splitlines()]
-            curves[name.removeprefix("experts/").removeprefix("baselines/")] = _merged_rows(rows)
+            curves[curve_name(name)] = _merged_rows(rows)
     return curves
+
+
+def curve_name(artifact: str) -> str:
+    """What a network's or a decoder's curve is called, by its artifact."""
+    for place in ("experts/", "baselines/", "rivals/"):
+        artifact = artifact.removeprefix(place)
+    return artifact.removesuffix("/network")
 
 
 def _merged_rows(rows: Sequence[dict[str, Any]]) -> list[CurvePoint]:
