@@ -173,7 +173,10 @@ def measure(num_tags: int, options: argparse.Namespace) -> None:
         ratios = [rate / bound for rate, bound in zip(found, floor, strict=False)]
         spread = f"({min(ratios):.3g} to {max(ratios):.3g})" if len(ratios) > 1 else ""
         rate = statistics.median(found)
-        print(f"{num_tags:>9,} {name:38} {rate:10,.1f} examples/s  {statistics.median(ratios):.3g} of the floor {spread}", flush=True)
+        print(
+            f"{num_tags:>9,} {name:38} {rate:10,.1f} examples/s  {statistics.median(ratios):.3g} of the floor {spread}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -184,7 +187,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {options.threads} threads, {platform.machine()}, torch {torch.__version__}")
+    print(
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {options.threads} threads, {platform.machine()}, torch {torch.__version__}"
+    )
     for num_tags in options.tags:
         measure(num_tags, options)
 

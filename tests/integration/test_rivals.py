@@ -48,7 +48,10 @@ def test_the_rival_is_judged_with_its_refitted_decoder_and_the_report_shows_it(r
 
 
 def test_costs_agree_with_the_records(root: Path) -> None:
-    costs, told = metrics(root)["costs"], {name: payload(root, name) for name in ("trunk", "decoder", "rivals/dense_tiny/network")}
+    costs, told = (
+        metrics(root)["costs"],
+        {name: payload(root, name) for name in ("trunk", "decoder", "rivals/dense_tiny/network")},
+    )
     assert costs.keys() == metrics(root)["systems"].keys()
     assert costs["trunk"]["parameters"] == costs["trunk"]["active_parameters"] == told["trunk"]["parameters"]
     assert costs["dense_tiny"]["images_seen"] == told["rivals/dense_tiny/network"]["examples_seen"]
@@ -103,7 +106,10 @@ def test_a_sample_of_the_test_images_is_the_same_for_all_systems(finished: Path,
     [
         ("evaluation.rivals={mixture: {backbone: resnet18}}", "'mixture' is the name of a system that there is anyway"),
         ("evaluation.rivals={2x: {backbone: resnet18}}", "rivals: '2x' is no name; use at most 40 of a to z"),
-        ("evaluation.rivals={big: {backbone: resnet19}}", "evaluation.rivals.big: unknown backbone 'resnet19'; did you mean resnet18"),
+        (
+            "evaluation.rivals={big: {backbone: resnet19}}",
+            "evaluation.rivals.big: unknown backbone 'resnet19'; did you mean resnet18",
+        ),
         ("evaluation.rivals={big: {epochs: 2}}", "evaluation.rivals.big.backbone"),
     ],
 )

@@ -21,7 +21,7 @@ from hardmoe.partitioning.config import PartitionConfig, default_starts
 from hardmoe.partitioning.in_memory import FitOptions, fit
 from hardmoe.partitioning.kmeans import PassSums, has_converged, refine, refine_with, scan_batch, update
 from hardmoe.partitioning.seeding import _SampleGrid, seed_centroids
-from hardmoe.partitioning.starting import Ladder, best_start, rung_rows
+from hardmoe.partitioning.starting import Ladder, best_start, refine_with_momentum, rung_rows
 
 ENGINE = FaissEngine()
 
@@ -244,6 +244,44 @@ def test_climbing_goes_nearer_to_the_optimum_of_all_rows_than_a_start():
     optimum = min(end[-1] for end in ends)
     assert ends[1][0] < (1.0 + 8 * 8 / rung_rows(8)[-1]) * optimum
     assert ends[1][0] < ends[0][0]
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_momentum_returns_means_as_good_as_lloyds_in_fewer_passes(spherical):
+    features, _, ids = blobs(rows=4000, spread=8.0)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    start = seed_centroids(features, ids, 8, seed=2)
+    scan = scan_all(features, ids)
+    plain = refine_with(scan, start, 200, 1e-7, spherical)
+    found = refine_with_momentum(scan, start, 200, 1e-7, spherical)
+    assert found.converged
+    assert len(found.objective_per_pass) < len(plain.objective_per_pass)
+    # Means: another pass of Lloyd's own does not make them worse, and leaves them where they are up to the tolerance.
+    after = scan(found.centroids_KD).sums.objective
+    assert after <= min(found.objective_per_pass) * (1 + 1e-9)
+    assert after <= scan(plain.centroids_KD).sums.objective * 1.01
+    if spherical:
+        np.testing.assert_allclose(np.linalg.norm(found.centroids_KD, axis=1), 1.0, rtol=1e-6)
+
+
+def test_momentum_goes_back_to_the_best_means_where_it_overshot():
+    """A start far off to one side of everything: the first step is long, and going on by it leaves the rows behind."""
+    rng = np.random.default_rng(0)
+    features = np.concatenate([rng.normal(-1, 0.1, (500, 2)), rng.normal(1, 0.1, (500, 2))]).astype(np.float32)
+    ids = random_ids(1000)
+    scanned = []
+
+    def scan(centroids):
+        scanned.append(centroids)
+        return scan_all(features, ids)(centroids)
+
+    found = refine_with_momentum(scan, np.array([[-30, 5], [40, -8]], np.float32), 50, 0.0)
+    objectives = found.objective_per_pass
+    rises = [number for number in range(1, len(objectives)) if objectives[number] > min(objectives[:number])]
+    assert rises, "the test shows nothing"
+    assert found.converged
+    assert sorted(found.centroids_KD[:, 0].round(1).tolist()) == [-1.0, 1.0]
+    assert scan_all(features, ids)(found.centroids_KD).sums.objective <= min(objectives) * (1 + 1e-12)
 
 
 def test_a_sample_smaller_than_a_rung_is_a_rung_itself():
