@@ -19,7 +19,7 @@ from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_fo
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError, RecipeError
 from hardmoe.evaluation.config import RivalConfig
-from hardmoe.evaluation.stage import System, evaluation_stage, temperature_stage
+from hardmoe.evaluation.stage import System, evaluation_stage, losses_stage, temperature_stage
 from hardmoe.experts.origin import Origin, identify_origin
 from hardmoe.experts.stages import (
     dense_stage,
@@ -44,6 +44,7 @@ DENSE_REFIT = "baselines/dense_refit"
 RANDOM = "baselines/random"
 TOP_K = "topk"
 RIVALS = "rivals"
+ALL_EXPERTS = "all_experts"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     systems |= {"experts_own_decoder": replace(whole, decoders=mixture.experts, shared=False), "mixture": whole}
     if recipe.evaluation.top_k is not None:
         systems["mixture_topk"] = _top_k(recipe, stages, mixture, recipe.evaluation.top_k)
+    if recipe.evaluation.all_experts:
+        systems |= _all_experts(recipe, stages, mixture)
     if recipe.evaluation.random_partition:
         random = _random(recipe, stages, external.origin)
         systems["random_partition"] = replace(_system(recipe, random), gate=None)
@@ -236,11 +239,28 @@ def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, Sys
 
 def _top_k(recipe: Recipe, stages: list[Stage], mixture: Mixture, top_k: int) -> System:
     """Add what several experts say of held-out images, and how to weigh them."""
-    nearest, embeddings, temperature = f"{TOP_K}/nearest", f"{TOP_K}/embeddings", f"{TOP_K}/temperature"
-    stages.append(nearest_stage(top_k, nearest))
-    stages.append(nearest_embeddings_stage(embeddings, nearest, dict(enumerate(mixture.experts))))
+    embeddings, temperature = _several(stages, mixture, top_k, TOP_K), f"{TOP_K}/temperature"
     stages.append(temperature_stage(temperature, embeddings, mixture.decoder))
     return replace(_system(recipe, mixture), embeddings=embeddings, passes=top_k, temperature=temperature)
+
+
+def _all_experts(recipe: Recipe, stages: list[Stage], mixture: Mixture) -> dict[str, System]:
+    """Add what all experts say of held-out images, and what each is worth on its own."""
+    embeddings, losses = _several(stages, mixture, recipe.partition.experts, ALL_EXPERTS), f"{ALL_EXPERTS}/losses"
+    stages.append(losses_stage(losses, embeddings, mixture.decoder))
+    whole = replace(_system(recipe, mixture), embeddings=embeddings)
+    return {
+        "best_single_expert": replace(whole, chosen_by="validation", losses=losses),
+        "oracle_expert": replace(whole, chosen_by="labels"),
+    }
+
+
+def _several(stages: list[Stage], mixture: Mixture, count: int, place: str) -> str:
+    """Add what so many of the experts nearest to each held-out image say of it; returns the artifact's name."""
+    nearest, embeddings = f"{place}/nearest", f"{place}/embeddings"
+    stages.append(nearest_stage(count, nearest))
+    stages.append(nearest_embeddings_stage(embeddings, nearest, dict(enumerate(mixture.experts))))
+    return embeddings
 
 
 def _random(recipe: Recipe, stages: list[Stage], origin: Origin) -> Mixture:

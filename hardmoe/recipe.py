@@ -71,17 +71,18 @@ class Recipe(Config):
                 "experts.budget: examples gives every expert as many images, where partition.overlap and "
                 "partition.out_of_part_fraction let some train on more; take those out, or set experts.budget: epochs"
             )
-        if (top_k := self.evaluation.top_k) is not None:
-            if not self.partition.is_routed:
-                raise ValueError(
-                    f"evaluation.top_k: {top_k} goes by the distance to the experts' centroids, which random parts have none of; "
-                    "set partition.method: kmeans, or leave evaluation.top_k out"
-                )
-            if top_k > self.partition.experts:
-                raise ValueError(
-                    f"evaluation.top_k is {top_k}, but there are {self.partition.experts} experts (partition.experts); set it to "
-                    "as many at most"
-                )
+        several = "top_k" if self.evaluation.top_k is not None else "all_experts" if self.evaluation.all_experts else None
+        if several is not None and not self.partition.is_routed:
+            value = str(getattr(self.evaluation, several)).lower()
+            raise ValueError(
+                f"evaluation.{several}: {value} goes by the distance to the experts' centroids, which random parts have none of; "
+                f"set partition.method: kmeans, or leave evaluation.{several} out"
+            )
+        if (top_k := self.evaluation.top_k) is not None and top_k > self.partition.experts:
+            raise ValueError(
+                f"evaluation.top_k is {top_k}, but there are {self.partition.experts} experts (partition.experts); set it to "
+                "as many at most"
+            )
         if self.partition.method == "given" and self.dataset.part_column is None:
             raise ValueError(
                 "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans"

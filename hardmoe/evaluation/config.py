@@ -7,7 +7,17 @@ from pydantic import Field, model_validator
 
 from hardmoe.config import Config, added
 
-SYSTEMS = ("trunk", "dense", "dense_refit", "experts_own_decoder", "mixture", "mixture_topk", "random_partition")
+SYSTEMS = (
+    "trunk",
+    "dense",
+    "dense_refit",
+    "experts_own_decoder",
+    "mixture",
+    "mixture_topk",
+    "best_single_expert",
+    "oracle_expert",
+    "random_partition",
+)
 """Names that a rival cannot have."""
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
@@ -35,6 +45,11 @@ class EvaluationConfig(Config):
     top_k: int | None = added(None, ge=2)
     """Also judge `mixture_topk`: every image through so many of its nearest experts, mixed by distance, with the sharpness fitted
     on the validation split. Costs as many expert passes an image, where the mixture costs one; null for not."""
+
+    all_experts: bool = added(False)
+    """Also send every held-out image through all experts: `best_single_expert` is the one with the smallest loss on the whole
+    validation split, `oracle_expert` the best for each test image, told by its hashtags. Routing is worth what lies above the
+    first, and cannot have a smaller loss than the second. Costs as many passes a held-out image as there are experts."""
 
     rivals: dict[str, RivalConfig] = added({})
     """Further controls by name, each one network of all images with its decoder refitted: `dense_2x: {backbone: quicknet_w17}`

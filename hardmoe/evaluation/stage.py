@@ -31,6 +31,11 @@ class System:
     """How many of its networks an image goes through."""
     temperature: str | None = None
     """Artifact with the temperature of a mixture of several experts per image, whose embeddings are those of all of them."""
+    chosen_by: str | None = None
+    """Of systems that choose one of several experts per image whose embeddings there are: `validation`, always the one with the
+    smallest loss on that split, or `labels`, the best for each image. They say what routing is worth, and have no cost."""
+    losses: str | None = None
+    """Artifact with every expert's loss on the validation split, for `validation`."""
 
 
 def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], seed: int) -> Stage:
@@ -53,6 +58,10 @@ def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], se
         if system.temperature is not None:
             inputs[f"{name}:temperature"] = system.temperature
             described[name]["topk"] = True
+        if system.chosen_by is not None:
+            described[name] |= {"topk": True, "chosen_by": system.chosen_by}
+        if system.losses is not None:
+            inputs[f"{name}:losses"] = system.losses
     return Stage(
         name="evaluation",
         kind="evaluation",
@@ -72,4 +81,16 @@ def temperature_stage(name: str, embeddings: str, decoder: str) -> Stage:
         config={},
         inputs={"embeddings": embeddings, "decoder": decoder, "vocabulary": "vocabulary"},
         work="hardmoe.evaluation.topk:TemperatureWork",
+    )
+
+
+def losses_stage(name: str, embeddings: str, decoder: str) -> Stage:
+    """Every expert's loss on the whole validation split."""
+    return Stage(
+        name=name,
+        kind="expert-losses",
+        version=1,
+        config={},
+        inputs={"embeddings": embeddings, "decoder": decoder, "vocabulary": "vocabulary"},
+        work="hardmoe.evaluation.chosen:LossesWork",
     )

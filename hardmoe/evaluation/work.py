@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from hardmoe.arrays import load_arrays, save_arrays
 from hardmoe.config import Json
 from hardmoe.data.ids import order_of_distinct, sortable
-from hardmoe.data.reading import Labels, labels_of
+from hardmoe.data.reading import Labels, labels_of, tag_counts
 from hardmoe.data.schemas import EMBEDDINGS, FEATURES
 from hardmoe.errors import DataError
 from hardmoe.evaluation.average_precision import AveragePrecisionScores, merged
 from hardmoe.evaluation.bootstrap import interval_result, null_result, paired_result
+from hardmoe.evaluation.breakdown import Breakdown, frequency_bands
+from hardmoe.evaluation.chosen import build_chosen_scorer
 from hardmoe.evaluation.config import EvaluationConfig
 from hardmoe.evaluation.costs import cost_of
 from hardmoe.evaluation.metrics import METRICS, RankingSums, paired_difference
+from hardmoe.evaluation.metrics import Labels as TagRows
 from hardmoe.evaluation.retrieval import Points, replicated_shares, share_results
 from hardmoe.evaluation.scoring import build_scorer
 from hardmoe.evaluation.topk import build_topk_scorer, read_topk
@@ -63,9 +66,12 @@ class EvaluationWork:
         map_units = [Unit(name, {"parts": [dict(d.scratch) for d in done]}) for name, done in by_system.items()]
         averaged = yield Phase("map", map_units)
         maps = {system: done.payload for system, done in zip(systems, averaged, strict=True)}
-        counted = yield Phase("cost", [Unit(system, {"system": system}) for system in systems])
+        usable = [system for system in systems if "chosen_by" not in context.stage.config["systems"][system]]
+        counted = yield Phase("cost", [Unit(system, {"system": system}) for system in usable])
         results = _results(config, sums, maps)
-        results["costs"] = {system: done.payload for system, done in zip(systems, counted, strict=True)}
+        bands_V = frequency_bands(tag_counts(context.input("vocabulary")))
+        results["breakdown"] = {system: _breakdown(context.storage, by_system[system]).results(bands_V) for system in systems}
+        results["costs"] = {system: done.payload for system, done in zip(usable, counted, strict=True)}
         if config.retrieval_sample:
             with_space = [system for system in systems if has_one_space(context, system)]
             # All systems were judged on the same examples, so any of them knows how many there are.
@@ -95,19 +101,25 @@ def _score(context: UnitContext) -> Json:
     shards = context.input(f"{system}:embeddings").files("split=test/")
     near = (shards.index(context.unit.arguments["path"]), len(shards))
     labels = labels_of(context.input("vocabulary"), ids_N16, split="test", near=near)
+    bands_V = frequency_bands(tag_counts(context.input("vocabulary")))
     sums: list[RankingSums] = []
+    broken_down: list[Breakdown] = []
     kept: list[AveragePrecisionScores] = []
     for start in range(0, len(ids_N16), _BATCH):
         rows = slice(start, min(start + _BATCH, len(ids_N16)))
-        scores_NV = score_rows(rows)
         some = _rows(labels, rows)
+        scores_NV = score_rows(rows, some)
         sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, seed))
+        broken_down.append(Breakdown.of(scores_NV, some, bands_V))
         kept.append(AveragePrecisionScores.from_scores(scores_NV, some, ids_N16[rows]))
         context.progress(rows.stop, len(ids_N16))
     total = sums[0]
     for more in sums[1:]:
         total = total + more
-    save_arrays(context.scratch("sums"), {"sums": total.sums_RC})
+    apart = broken_down[0]
+    for more_apart in broken_down[1:]:
+        apart = apart + more_apart
+    save_arrays(context.scratch("sums"), {"sums": total.sums_RC, "bins": apart.bins_C3, "bands": apart.bands_F2})
     scores = merged(kept)
     save_arrays(context.scratch("scores"), {"ids": scores.ids_N16, "keys": scores.keys_NV, "positives": scores.positives_M2})
     facts = {"num_tags": total.num_tags, "num_unlabelled": total.num_unlabelled, "num_examples": scores.num_examples}
@@ -116,16 +128,22 @@ def _score(context: UnitContext) -> Json:
     return facts
 
 
-def _scored_rows(context: UnitContext, system: str, described: Json) -> tuple[NDArray[np.uint8], Callable[[slice], Scores]]:
-    """The ids of one shard [N, 16], and what scores some of its rows: float32 [n, V]."""
+def _scored_rows(
+    context: UnitContext, system: str, described: Json
+) -> tuple[NDArray[np.uint8], Callable[[slice, TagRows], Scores]]:
+    """The ids of one shard [N, 16], and what scores some of its rows, given their hashtags: float32 [n, V]."""
     decoders = [context.input(f"{system}:decoder-{index:04d}") for index in range(described["decoders"])]
     if described.get("topk"):
-        mixed = build_topk_scorer(decoders[0], context.input(f"{system}:temperature"))
         shard = read_topk(context.input(f"{system}:embeddings"), context.unit.arguments["path"])
-        return shard.ids_N16, lambda rows: mixed(shard.features_NkE[rows], shard.experts_Nk[rows], shard.squared_Nk[rows])
+        if "chosen_by" in described:
+            losses = context.input(f"{system}:losses").payload if described["chosen_by"] == "validation" else None
+            chosen = build_chosen_scorer(decoders[0], losses)
+            return shard.ids_N16, lambda rows, tags: chosen(shard.features_NkE[rows], shard.experts_Nk[rows], tags)
+        mixed = build_topk_scorer(decoders[0], context.input(f"{system}:temperature"))
+        return shard.ids_N16, lambda rows, _: mixed(shard.features_NkE[rows], shard.experts_Nk[rows], shard.squared_Nk[rows])
     scorer = build_scorer(decoders, described["shared"])
     ids_N16, features_ND, experts_N = _read(context, system, described["column"], context.unit.arguments["path"])
-    return ids_N16, lambda rows: scorer(features_ND[rows], experts_N[rows])
+    return ids_N16, lambda rows, _: scorer(features_ND[rows], experts_N[rows])
 
 
 def _read(
@@ -216,6 +234,11 @@ def _merged_sums(storage: Storage, completions: Sequence[Completion]) -> Ranking
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def _breakdown(storage: Storage, completions: Sequence[Completion]) -> Breakdown:
+    arrays = [load_arrays(storage, done.scratch["sums"]) for done in completions]
+    return Breakdown(sum(each["bins"] for each in arrays), sum(each["bands"] for each in arrays))
 
 
 def _check(sums: Mapping[str, RankingSums]) -> None:

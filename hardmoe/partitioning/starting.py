@@ -8,8 +8,8 @@ by its cluster's variance over n / K rows), so the last rung's 1,024 rows per cl
 two over all rows. A start costs little on few rows, and where clusters are few, eight of them are what it takes not to be
 unlucky. The rungs are tenfold cheaper than the passes over everything that they save: on 1 M x 256 without any clusters
 twenty such passes are left as one to three (`tests/benchmarks/kmeans.py`). On a plateau Lloyd's descent is slow and steady, so
-the passes of a rung have momentum: of 1 M x 256 without any clusters at K = 256 the last two rungs took 28 passes to a tolerance of
-2e-4 without, and 18 to 5e-4 with it, which leave fewer passes over all rows (1.3 and 2.3 in the mean of three seeds).
+the passes of a rung have momentum: of 1 M x 256 without any clusters at K = 256 the rungs took 28 passes to a tolerance of 2e-4
+without, and 18 to 5e-4 with it, which leave fewer passes over all rows (2.3 and 1.3 in the mean of three seeds).
 
 The rows are those with the smallest hashes, the same however they are sharded or ordered, and a rung's are among the next one's.
 

@@ -33,6 +33,8 @@ SYSTEMS = {
     "experts_own_decoder": "experts, each with its own decoder",
     "mixture": "experts, one decoder shared by all",
     "mixture_topk": "several of the nearest experts, mixed",
+    "best_single_expert": "one expert for all images, chosen on validation",
+    "oracle_expert": "the best expert of each image, told by its tags",
     "random_partition": "mixture over randomly drawn parts",
 }
 METRICS = {

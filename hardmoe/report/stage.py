@@ -9,6 +9,7 @@ _LEFT_OUT = (
     "features",
     "baselines/random/partition",
     "topk/nearest",
+    "all_experts/nearest",
 )
 
 

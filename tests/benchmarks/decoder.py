@@ -6,9 +6,9 @@ Cached embeddings of 512 dimensions from eight experts, batches of 512, an affin
 hashtags an image, drawn like 1 / rank. A step is whatever the `decoder` stage does for one: order, labels, alignment, loss,
 gradients, AdamW; `fit` itself is run and not a copy of it. The floor is the least arithmetic of a step: three products of the
 decoder (logits, gradient of the weights, of the points) and two of the alignment (the points, the gradient of the maps), and
-nothing else, as torch computes them into memory that is there. The plain loop is what one would write: `nn.Linear`, a stack of alignments, `cross_entropy` with dense
-targets, `torch.optim.AdamW`. The naive way runs a ResNet-18 over 64-pixel images for every example of every epoch, before the
-same step. Rounds are interleaved, and every ratio is one of a round.
+nothing else, as torch computes them into memory that is there. The plain loop is what one would write: `nn.Linear`, a stack of
+alignments, `cross_entropy` with dense targets, `torch.optim.AdamW`. The naive way runs a ResNet-18 over 64-pixel images for
+every example of every epoch, before the same step. Rounds are interleaved, and every ratio is one of a round.
 """
 
 import argparse
@@ -187,9 +187,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {options.threads} threads, {platform.machine()}, torch {torch.__version__}"
-    )
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    print(f"{today}, {options.threads} threads, {platform.machine()}, torch {torch.__version__}")
     for num_tags in options.tags:
         measure(num_tags, options)
 

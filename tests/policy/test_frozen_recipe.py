@@ -44,7 +44,8 @@ IDENTITY = """
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
     decoder.epochs decoder.align decoder.rank decoder.dim decoder.temperature decoder.loss decoder.classes decoder.sampled_tags
     decoder.batch_size decoder.learning_rate decoder.weight_decay
-    evaluation.dense_baseline evaluation.random_partition evaluation.top_k evaluation.rivals evaluation.retrieval_sample
+    evaluation.dense_baseline evaluation.random_partition evaluation.top_k evaluation.all_experts evaluation.rivals
+    evaluation.retrieval_sample
     evaluation.bootstrap_replicates evaluation.map_replicates
     seed
 """
@@ -64,6 +65,7 @@ ADDED = {
     "experts.distill.weight": 0.0,
     "experts.distill.temperature": 1.0,
     "evaluation.top_k": None,
+    "evaluation.all_experts": False,
     "evaluation.rivals": {},
     "evaluation.retrieval_sample": 20_000,
     "decoder.rank": 8,
