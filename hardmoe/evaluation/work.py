@@ -238,7 +238,8 @@ def _merged_sums(storage: Storage, completions: Sequence[Completion]) -> Ranking
 
 def _breakdown(storage: Storage, completions: Sequence[Completion]) -> Breakdown:
     arrays = [load_arrays(storage, done.scratch["sums"]) for done in completions]
-    return Breakdown(sum(each["bins"] for each in arrays), sum(each["bands"] for each in arrays))
+    bins_C3, bands_F2 = (np.sum([each[name] for each in arrays], axis=0) for name in ("bins", "bands"))
+    return Breakdown(bins_C3, bands_F2)
 
 
 def _check(sums: Mapping[str, RankingSums]) -> None:

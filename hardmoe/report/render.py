@@ -24,7 +24,19 @@ from hardmoe.report.charts import Bar, Captions, Interval, Series
 from hardmoe.report.collect import curve_name
 from hardmoe.report.formats import format_count, format_duration, format_large, format_percent, format_points, format_time
 from hardmoe.report.parts import describe_partition, distance_chart, fit_chart
-from hardmoe.report.schema import Cost, CurvePoint, Exemplar, Metric, Network, Part, ReportData, ReportProvenance, StageTime
+from hardmoe.report.schema import (
+    Breakdown,
+    Cost,
+    CurvePoint,
+    Exemplar,
+    FrequencyBand,
+    Metric,
+    Network,
+    Part,
+    ReportData,
+    ReportProvenance,
+    StageTime,
+)
 
 SYSTEMS = {
     "trunk": "the first network, alone",
@@ -162,6 +174,13 @@ def metric_table(data: ReportData) -> dict[str, Any]:
             missing.setdefault(f"{name}: {reason}", []).append(system)
     rows = [(system, SYSTEMS.get(system, ""), systems[system]) for system in _ordered(systems, SYSTEMS)]
     return {"names": names, "rows": rows, "best": best, "missing": {key: sorted(value) for key, value in sorted(missing.items())}}
+
+
+def breakdown_rows(data: ReportData) -> tuple[list[FrequencyBand], list[tuple[str, Breakdown]]]:
+    """The bands of hashtags, which are the same for all systems, and the systems with theirs."""
+    found = data["metrics"].get("breakdown", {})
+    bands = next(iter(found.values()))["frequency_bands"] if found else []
+    return bands, [(system, found[system]) for system in _ordered(found, SYSTEMS)]
 
 
 def cost_rows(data: ReportData) -> list[tuple[str, Cost, float | None]]:
@@ -353,6 +372,7 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             headline=write_headline(data),
             table=metric_table(data),
             metric_meanings=METRICS,
+            breakdown=breakdown_rows(data),
             costs=cost_rows(data),
             retrieval=retrieval_rows(data),
             neighbours=NEIGHBOURS,

@@ -28,6 +28,18 @@ class Cost(TypedDict):
     training_flops: int
 
 
+FrequencyBand = TypedDict("FrequencyBand", {"tags": int, "labels": int, "recall@10": float | None})
+"""Hashtags that together have a fifth of all training labels."""
+
+
+class Breakdown(TypedDict):
+    """Where a system is right; `bins` has what its calibration error is computed from."""
+
+    calibration_error: float
+    bins: list[Any]
+    frequency_bands: list[FrequencyBand]
+
+
 class Metrics(TypedDict):
     """Metrics by system and by name, and the paired differences, keyed `"mixture - dense_refit"`.
 
@@ -37,6 +49,7 @@ class Metrics(TypedDict):
     systems: dict[str, dict[str, Metric]]
     num_test_examples: int
     differences: dict[str, dict[str, Metric]]
+    breakdown: NotRequired[dict[str, Breakdown]]
     costs: NotRequired[dict[str, Cost]]
     retrieval: NotRequired[dict[str, dict[str, Metric]]]
     retrieval_differences: NotRequired[dict[str, dict[str, Metric]]]
