@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from hardmoe.artifacts.names import DENSE, expert_name
+from hardmoe.artifacts.names import DENSE, ROUNDS, expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.inventory import Inventory, take_inventory
 from hardmoe.data.places import read_place
@@ -25,6 +26,7 @@ from hardmoe.experts.stages import (
     dense_stage,
     embeddings_stage,
     expert_stage,
+    further_stage,
     match_name,
     nearest_embeddings_stage,
 )
@@ -55,6 +57,8 @@ class Mixture:
     experts: tuple[str, ...]
     embeddings: str
     decoder: str
+    earlier: tuple[str, ...] = ()
+    """Experts of the rounds before."""
 
 
 @dataclass(frozen=True)
@@ -184,15 +188,18 @@ def drift_stages(recipe: Recipe, dataset: Stage, config: DatasetConfig, place: s
 
 def _mixture(recipe: Recipe, stages: list[Stage], names: tuple[str, str, str, str], origin: Origin) -> Mixture:
     """Add experts, embeddings and decoder over a partition; these four are named."""
-    partition, place, embeddings, decoder = names
-    count = recipe.partition.experts
-    if recipe.experts.init_root is not None:
-        stages.append(match_stage(match_name(place), partition, recipe.experts.init_root, origin.experts, recipe.seed))
-    experts = tuple(f"{place}/{expert_name(expert)}" for expert in range(count))
-    stages += [expert_stage(recipe.experts, expert, recipe.seed, partition, place, origin.experts) for expert in range(count)]
-    stages.append(embeddings_stage(embeddings, partition, dict(enumerate(experts)), partitioned=True))
-    stages.append(decoder_stage(recipe.decoder, count, recipe.seed, decoder, embeddings))
-    return Mixture(partition, experts, embeddings, decoder)
+    partition, place, *_ = names
+    matches = match_name(place) if recipe.experts.init_root is not None else None
+    if matches is not None and recipe.experts.init_root is not None:
+        stages.append(match_stage(matches, partition, recipe.experts.init_root, origin.experts, recipe.seed))
+    before: Mixture | None = None
+    for number in range(recipe.decoder.rounds + 1):
+        # What the last round gives has the names that it would have without any.
+        last = number == recipe.decoder.rounds
+        there = names if last else (partition, *_within(f"{place.removesuffix('experts')}{ROUNDS}{number}/"))
+        before = _round(recipe, stages, there, (number, before), origin.experts, matches)
+    assert before is not None
+    return before
 
 
 def _system(recipe: Recipe, mixture: Mixture) -> System:
@@ -203,7 +210,7 @@ def _system(recipe: Recipe, mixture: Mixture) -> System:
         (mixture.decoder,),
         shared=True,
         networks=mixture.experts,
-        starts=("trunk",),
+        starts=("trunk", *mixture.earlier),
         gate=None if recipe.features.path or not recipe.partition.is_routed else "trunk",
         branch_at=recipe.experts.shared_stage,
     )
@@ -221,8 +228,37 @@ def _rival(recipe: Recipe, stages: list[Stage], name: str, rival: RivalConfig) -
     config = recipe.trunk.model_copy(update={"backbone": rival.backbone, "stem": rival.stem, "epochs": epochs})
     stages.append(trunk_stage(config, recipe.seed, network))
     stages.append(embeddings_stage(embeddings, "dataset", {0: network}, partitioned=False))
-    stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, decoder, embeddings, start=network))
+    stages.append(decoder_stage(recipe.decoder.of_one_fit(), 1, recipe.seed, decoder, embeddings, start=network))
     return System(embeddings, "embedding", (decoder,), shared=True, networks=(network,))
+
+
+def _within(prefix: str) -> tuple[str, str, str]:
+    """Names of a round's experts, embeddings and decoder."""
+    return f"{prefix}experts", f"{prefix}embeddings", f"{prefix}decoder"
+
+
+def _round(
+    recipe: Recipe,
+    stages: list[Stage],
+    names: tuple[str, str, str, str],
+    after: tuple[int, Mixture | None],
+    start: Json,
+    matches: str | None,
+) -> Mixture:
+    """Add the experts of one round, `after` how many others and which mixture, and what is fitted to them."""
+    (partition, place, embeddings, decoder), (number, before), count = names, after, recipe.partition.experts
+    first = recipe.experts.epochs - recipe.decoder.rounds * recipe.decoder.round_epochs
+    config = recipe.experts.model_copy(update={"epochs": first if before is None else recipe.decoder.round_epochs})
+    experts = tuple(f"{place}/{expert_name(expert)}" for expert in range(count))
+    for expert in range(count):
+        stage = expert_stage(config, expert, recipe.seed, partition, place, start, matches)
+        if before is not None:
+            stage = further_stage(stage, number, before.experts[expert], before.decoder)
+        stages.append(stage)
+    stages.append(embeddings_stage(embeddings, partition, dict(enumerate(experts)), partitioned=True))
+    stages.append(decoder_stage(recipe.decoder.of_one_fit(), count, recipe.seed, decoder, embeddings))
+    earlier = () if before is None else (*before.earlier, *before.experts)
+    return Mixture(partition, experts, embeddings, decoder, earlier)
 
 
 def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, System]:
@@ -230,7 +266,7 @@ def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, Sys
     overlapping = "partition" if recipe.partition.has_extra_copies else None
     stages.append(dense_stage(recipe.experts, recipe.seed, overlapping, origin.dense))
     stages.append(embeddings_stage(DENSE_EMBEDDINGS, "dataset", {0: DENSE}, partitioned=False))
-    stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
+    stages.append(decoder_stage(recipe.decoder.of_one_fit(), 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
     starts = ("trunk",) if recipe.experts.init == "trunk" else ()
     held = recipe.experts.shared_stage
     dense = System(DENSE_EMBEDDINGS, "embedding", (DENSE,), shared=False, networks=(DENSE,), starts=starts, branch_at=held)

@@ -83,6 +83,16 @@ class Recipe(Config):
                 f"evaluation.top_k is {top_k}, but there are {self.partition.experts} experts (partition.experts); set it to "
                 "as many at most"
             )
+        if self.decoder.rounds and self.experts.epochs <= (epochs := self.decoder.rounds * self.decoder.round_epochs):
+            raise ValueError(
+                f"decoder.rounds: {self.decoder.rounds} takes the last {epochs} epochs of experts.epochs: {self.experts.epochs}, "
+                f"which leaves none before; set experts.epochs to {epochs + 1} or more"
+            )
+        if self.decoder.rounds and self.experts.loss != self.decoder.loss:
+            raise ValueError(
+                f"decoder.rounds: {self.decoder.rounds} trains experts against the decoder, whose loss '{self.decoder.loss}' is "
+                f"not their '{self.experts.loss}'; set decoder.loss: {self.experts.loss}, or decoder.rounds: 0"
+            )
         if self.partition.method == "given" and self.dataset.part_column is None:
             raise ValueError(
                 "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans"

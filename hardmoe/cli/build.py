@@ -8,7 +8,7 @@ from typing import Any
 import click
 import yaml
 
-from hardmoe.artifacts.names import DENSE, expert_name
+from hardmoe.artifacts.names import DENSE, expert_name, is_of_the_mixture
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.checks import check_before_building, taken_over
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
@@ -179,7 +179,7 @@ def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
 def _print_unequal_costs(built: Built) -> None:
     """What each side of the comparison has seen, where an early stop or repeats of rare hashtags made it unequal."""
     dense = built.plan.artifacts.get(DENSE)
-    experts = [artifact for name, artifact in built.plan.artifacts.items() if name.startswith("experts/")]
+    experts = [artifact for name, artifact in built.plan.artifacts.items() if is_of_the_mixture(name)]
     seen = sum(artifact.payload["examples_seen"] for artifact in experts)
     if dense is not None and seen != dense.payload["examples_seen"]:
         click.echo(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hardmoe.artifacts.names import ROUNDS
 from hardmoe.config import Json
 from hardmoe.data.agreement import tag_information
 from hardmoe.data.ids import sortable
@@ -187,7 +188,7 @@ def _networks(context: Context) -> list[Network]:
 def _curves(context: Context) -> dict[str, list[CurvePoint]]:
     curves = {}
     for name in context.stage.inputs:
-        if name.startswith("baselines/random/experts/"):
+        if name.startswith(("baselines/random/experts/", "baselines/random/rounds/", ROUNDS)):
             continue  # the control's decoder has its curve; as many more lines again would hide the experts' own
         artifact = context.input(name)
         for path in artifact.files("metrics.jsonl"):

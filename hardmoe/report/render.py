@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hardmoe.artifacts.names import DENSE, expert_name
+from hardmoe.artifacts.names import DENSE, expert_name, is_of_the_mixture
 from hardmoe.report import charts
 from hardmoe.report.charts import Bar, Captions, Interval, Series
 from hardmoe.report.collect import curve_name
@@ -136,7 +136,7 @@ def write_headline(data: ReportData) -> Headline:
 def _dense_cost(networks: Sequence[Network]) -> str:
     """What the dense baseline saw beside the experts, who may have stopped early or repeated more images."""
     dense = sum(network["examples_seen"] for network in networks if network["name"] == DENSE)
-    experts = sum(network["examples_seen"] for network in networks if network["name"].startswith("experts/"))
+    experts = sum(network["examples_seen"] for network in networks if is_of_the_mixture(network["name"]))
     if dense == experts:
         return "as many images in total"
     return f"{format_count(dense)} images in total where the experts together saw {format_count(experts)}"

@@ -43,6 +43,7 @@ IDENTITY = """
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
     decoder.epochs decoder.align decoder.rank decoder.dim decoder.temperature decoder.loss decoder.classes decoder.sampled_tags
+    decoder.rounds decoder.round_epochs
     decoder.batch_size decoder.learning_rate decoder.weight_decay
     evaluation.dense_baseline evaluation.random_partition evaluation.top_k evaluation.all_experts evaluation.rivals
     evaluation.retrieval_sample
@@ -69,6 +70,8 @@ ADDED = {
     "evaluation.rivals": {},
     "evaluation.retrieval_sample": 20_000,
     "decoder.rank": 8,
+    "decoder.rounds": 0,
+    "decoder.round_epochs": 1,
     "decoder.temperature": None,
     "decoder.loss": "softmax",
     "decoder.classes": "full",
