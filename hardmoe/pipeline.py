@@ -114,7 +114,7 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     if recipe.evaluation.random_partition:
         random = _random(recipe, stages, external.origin)
         systems["random_partition"] = replace(_system(recipe, random), gate=None)
-    stages.append(evaluation_stage(recipe.evaluation, systems, recipe.seed))
+    stages.append(evaluation_stage(recipe.evaluation, systems))
     stages.append(report_stage(recipe.what(), stages))
     return [with_source(stage, recipe.dataset) for stage in stages]
 

@@ -208,7 +208,7 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in seen:
         chain = " -> ".join(str(p) for p in (*seen, resolved))
         raise RecipeError(f"{path}: 'extends' goes round in a circle ({chain}); break it")
-    body = _read(path)
+    body = read_mapping(path)
     base = body.pop("extends", None)
     if base is None:
         return body
@@ -219,15 +219,28 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merged(_read_extended(path.parent / base, (*seen, resolved)), body)
 
 
-def _read(path: Path) -> dict[str, Any]:
+_NONE = "name one with -f FILE, or write one with 'hardmoe init'"
+
+
+def read_mapping(path: Path, what: str = "recipe", if_missing: str = _NONE) -> dict[str, Any]:
+    """A YAML file of keys and values.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+        if_missing: the remedy where there is none.
+
+    Raises:
+        RecipeError: it cannot be read, or is something else.
+    """
     try:
         body = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe {path}; name one with -f FILE, or write one with 'hardmoe init'") from error
+        raise RecipeError(f"there is no {what} {path}; {if_missing}") from error
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}; give a readable YAML file") from error
+        raise RecipeError(f"cannot read the {what} {path}: {error.strerror}; give a readable YAML file") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"the recipe {path} is not text in UTF-8; give a YAML file") from error
+        raise RecipeError(f"the {what} {path} is not text in UTF-8; give a YAML file") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML{_yaml_problem(error)}") from error
     if body is None:

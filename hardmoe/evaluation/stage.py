@@ -38,7 +38,7 @@ class System:
     """Artifact with every expert's loss on the validation split, for `validation`."""
 
 
-def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], seed: int) -> Stage:
+def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System]) -> Stage:
     """Metrics with intervals of all systems over the test split, and what each of them costs."""
     inputs = {"vocabulary": "vocabulary"}
     described = {}
@@ -66,7 +66,7 @@ def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], se
         name="evaluation",
         kind="evaluation",
         version=2,
-        config={"evaluation": config.identity(), "systems": described, "seed": seed},
+        config={"evaluation": config.identity(), "systems": described},
         inputs=inputs,
         work="hardmoe.evaluation.work:EvaluationWork",
     )

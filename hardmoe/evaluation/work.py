@@ -7,6 +7,7 @@ system each, compute `map`, which needs all scores of a tag together, what is ne
 Shape letters: N examples, D features, V tags, B replicates.
 """
 
+import io
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 
@@ -21,7 +22,7 @@ from hardmoe.data.reading import Labels, labels_of, tag_counts
 from hardmoe.data.schemas import EMBEDDINGS, FEATURES
 from hardmoe.errors import DataError
 from hardmoe.evaluation.average_precision import AveragePrecisionScores, merged
-from hardmoe.evaluation.bootstrap import interval_result, null_result, paired_result
+from hardmoe.evaluation.bootstrap import BOOTSTRAP_SEED, interval_result, null_result, paired_result
 from hardmoe.evaluation.breakdown import Breakdown, frequency_bands
 from hardmoe.evaluation.chosen import build_chosen_scorer
 from hardmoe.evaluation.config import EvaluationConfig
@@ -38,7 +39,7 @@ from hardmoe.storage import Storage
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
 from hardmoe.training.determinism import deterministic
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, REPLICATES_FILE = "metrics.json", "replicates.npy"
 COMPARED = "mixture"
 """Every other system's metrics are also given as a paired difference from this one's."""
 _BATCH = 1024
@@ -84,8 +85,10 @@ class EvaluationWork:
                 for system in with_space
                 if system != COMPARED
             }
+        results["replicates"] = {"systems": systems, "metrics": list(METRICS)}
         body = json.dumps(results, indent=1) + "\n"
-        return Finished({"num_test_examples": results["num_test_examples"]}, {METRICS_FILE: body.encode()})
+        files = {METRICS_FILE: body.encode(), REPLICATES_FILE: _replicates([sums[system] for system in systems])}
+        return Finished({"num_test_examples": results["num_test_examples"]}, files)
 
     def run(self, context: UnitContext) -> Json:
         """One shard of one system, or one system's `map`."""
@@ -94,7 +97,7 @@ class EvaluationWork:
 
 
 def _score(context: UnitContext) -> Json:
-    config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
+    config = context.stage.section(EvaluationConfig, "evaluation")
     system = context.unit.arguments["system"]
     described = context.stage.config["systems"][system]
     ids_N16, score_rows = _scored_rows(context, system, described)
@@ -109,7 +112,7 @@ def _score(context: UnitContext) -> Json:
         rows = slice(start, min(start + _BATCH, len(ids_N16)))
         some = _rows(labels, rows)
         scores_NV = score_rows(rows, some)
-        sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, seed))
+        sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, BOOTSTRAP_SEED))
         broken_down.append(Breakdown.of(scores_NV, some, bands_V))
         kept.append(AveragePrecisionScores.from_scores(scores_NV, some, ids_N16[rows]))
         context.progress(rows.stop, len(ids_N16))
@@ -169,7 +172,7 @@ def has_one_space(context: Context, system: str) -> bool:
 
 def _retrieve(context: UnitContext) -> Json:
     """The neighbours of one system's test images, of a sample that is the same for all systems."""
-    config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
+    config = context.stage.section(EvaluationConfig, "evaluation")
     system = context.unit.arguments["system"]
     described = context.stage.config["systems"][system]
     fraction = context.unit.arguments["fraction"]
@@ -185,7 +188,7 @@ def _retrieve(context: UnitContext) -> Json:
     own_N = part_M[order_M][np.searchsorted(sortable(ids_M16[order_M]), sortable(ids_N16))]
     labels = labels_of(context.input("vocabulary"), ids_N16, split="test")
     points = Points.of(ids_N16, vectors_ND, own_N, labels)
-    return replicated_shares(points, config.bootstrap_replicates, seed)
+    return replicated_shares(points, config.bootstrap_replicates, BOOTSTRAP_SEED)
 
 
 def _test_shards(context: UnitContext, system: str) -> list[str]:
@@ -197,7 +200,7 @@ def _sampled(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
     """As `_read`, of the images whose hash falls under the sample's share."""
     ids_N16, features_ND, experts_N = _read(context, system, column, path)
-    kept_N = hash_fractions(ids_N16, context.stage.config["seed"], "retrieval") < fraction
+    kept_N = hash_fractions(ids_N16, BOOTSTRAP_SEED, "retrieval") < fraction
     return ids_N16[kept_N], features_ND[kept_N], experts_N[kept_N]
 
 
@@ -208,7 +211,7 @@ def _rows(labels: Labels, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.in
 
 def _average_precision(context: UnitContext) -> Json:
     """The value in every row of the bootstrap, or the reason why there is none."""
-    config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
+    config = context.stage.section(EvaluationConfig, "evaluation")
     parts = []
     for paths in context.unit.arguments["parts"]:
         facts = json.loads(context.storage.read_bytes(paths["facts"]))
@@ -220,7 +223,7 @@ def _average_precision(context: UnitContext) -> Json:
     scores = merged(parts)
     if scores.null_reason is not None:
         return {"reason": scores.null_reason}
-    return {"values": scores.values(config.map_replicates, seed).tolist()}
+    return {"values": scores.values(config.map_replicates, BOOTSTRAP_SEED).tolist()}
 
 
 def _merged_sums(storage: Storage, completions: Sequence[Completion]) -> RankingSums:
@@ -240,6 +243,14 @@ def _breakdown(storage: Storage, completions: Sequence[Completion]) -> Breakdown
     arrays = [load_arrays(storage, done.scratch["sums"]) for done in completions]
     bins_C3, bands_F2 = (np.sum([each[name] for each in arrays], axis=0) for name in ("bins", "bands"))
     return Breakdown(bins_C3, bands_F2)
+
+
+def _replicates(sums: Sequence[RankingSums]) -> bytes:
+    """Every ranking metric of every system in every row of the bootstrap, as an array file [systems, metrics, R]: by it runs are
+    compared that differ in seed or recipe; their test images weigh the same in each row."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([[total.values(metric) for metric in METRICS] for total in sums]), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _check(sums: Mapping[str, RankingSums]) -> None:
