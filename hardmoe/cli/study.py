@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from hardmoe.artifacts.names import DENSE, is_of_the_mixture
-from hardmoe.artifacts.store import Artifact
 from hardmoe.cli.build import Built, build, print_plan
 from hardmoe.cli.common import format_table
 from hardmoe.config import Config, Json
@@ -123,9 +122,7 @@ def _check(path: Path, study: StudyConfig, runs: Sequence[Run], recipe_path: Pat
 
 def summarise(study: StudyConfig, found: Mapping[str, Sequence[Built]]) -> list[dict[str, Json]]:
     """Of every line its systems, and the differences that count, with intervals over seeds and test images."""
-    lines = {
-        name: [_replicates(built.artifact("evaluation"), study.metric) for built in of_line] for name, of_line in found.items()
-    }
+    lines = {name: [_replicates(built, study.metric) for built in of_line] for name, of_line in found.items()}
     first = next(iter(lines.values()))
     rows = []
     for name, of_line in lines.items():
@@ -150,8 +147,9 @@ def result(values: Sequence[NDArray[np.float64]]) -> dict[str, Json]:
     return hierarchical_result(np.stack(values))
 
 
-def _replicates(evaluation: Artifact, metric: str) -> dict[str, NDArray[np.float64]]:
+def _replicates(built: Built, metric: str) -> dict[str, NDArray[np.float64]]:
     """A metric of every system in every row of the bootstrap."""
+    evaluation = built.artifact("evaluation")
     body = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))["replicates"]
     if metric not in body["metrics"]:
         raise RecipeError(f"metric: '{metric}' is none of {', '.join(body['metrics'])}; choose one of those")
