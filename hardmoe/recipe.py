@@ -6,7 +6,6 @@ language of their own, and defaults spread over several files.
 """
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +23,7 @@ from hardmoe.experts.config import ExpertsConfig
 from hardmoe.features.config import FeaturesConfig
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.trunk.config import TrunkConfig
+from hardmoe.yaml_files import parse_yaml, read_yaml, yaml_problem
 
 DEFAULT_PATH = "hardmoe.yaml"
 
@@ -208,7 +208,7 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in seen:
         chain = " -> ".join(str(p) for p in (*seen, resolved))
         raise RecipeError(f"{path}: 'extends' goes round in a circle ({chain}); break it")
-    body = read_mapping(path)
+    body = _read(path)
     base = body.pop("extends", None)
     if base is None:
         return body
@@ -219,30 +219,8 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merged(_read_extended(path.parent / base, (*seen, resolved)), body)
 
 
-_NONE = "name one with -f FILE, or write one with 'hardmoe init'"
-
-
-def read_mapping(path: Path, what: str = "recipe", if_missing: str = _NONE) -> dict[str, Any]:
-    """A YAML file of keys and values.
-
-    Args:
-        path: the file.
-        what: what it is, for messages.
-        if_missing: the remedy where there is none.
-
-    Raises:
-        RecipeError: it cannot be read, or is something else.
-    """
-    try:
-        body = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no {what} {path}; {if_missing}") from error
-    except OSError as error:
-        raise RecipeError(f"cannot read the {what} {path}: {error.strerror}; give a readable YAML file") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"the {what} {path} is not text in UTF-8; give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML{_yaml_problem(error)}") from error
+def _read(path: Path) -> dict[str, Any]:
+    body = read_yaml(path, "recipe", "name one with -f FILE, or write one with 'hardmoe init'")
     if body is None:
         return {}
     if not isinstance(body, dict):
@@ -251,38 +229,6 @@ def read_mapping(path: Path, what: str = "recipe", if_missing: str = _NONE) -> d
         raise RecipeError(f"{path}: unknown key {_shown(odd)}; {_nearest([str(odd)])}")
     # A section whose keys are all commented out reads as null: it says nothing.
     return {key: value for key, value in body.items() if value is not None or _section(key) is None}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its two traps: `1e-4` is a number, and of a key given twice neither is dropped in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key_node.value}' is given twice; keep one", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789"))
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without YAML's excerpt of the text."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
-        return f": {' '.join(str(error).split())}"
-    mark = error.problem_mark
-    where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
-    hint = "; indent with spaces, not tabs" if "'\\t'" in error.problem else ""
-    return f"{where}: {error.problem}{hint}"
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,9 +251,9 @@ def _override(body: dict[str, Any], text: str) -> None:
             raise RecipeError(f"--set {text!r}: '{section}' is a value, not a section")
         body = inner
     try:
-        body[last] = _parse_yaml(value)
+        body[last] = parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: the value is not valid YAML{_yaml_problem(error)}; quote it") from error
+        raise RecipeError(f"--set {text!r}: the value is not valid YAML{yaml_problem(error)}; quote it") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -320,6 +266,8 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {len(others)} more {'mistake' if len(others) == 1 else 'mistakes'})" if others else ""
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'; {_nearest(location)}{more}"
+    if first["type"] == "missing":
+        return f"{'.'.join(map(str, first['loc']))} is missing; give it a value{more}"
     if first["type"] == "value_error":
         sentence = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
         return f"{key + ': ' if key else ''}{sentence}{more}"

@@ -25,8 +25,9 @@ from hardmoe.cli.build import Built, build, print_plan
 from hardmoe.cli.common import format_table
 from hardmoe.config import Config, Json
 from hardmoe.errors import RecipeError
-from hardmoe.recipe import load_recipe, read_mapping
+from hardmoe.recipe import load_recipe
 from hardmoe.storage import join
+from hardmoe.yaml_files import read_yaml
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 MIXTURE, CONTROL = "mixture", "dense_refit"
@@ -66,8 +67,7 @@ def read_study(path: Path) -> tuple[StudyConfig, list[Run]]:
         RecipeError: the file is wrong; says what and how to mend it.
     """
     try:
-        body = read_mapping(path, "study", "name a YAML file with recipe, root and lines")
-        study = StudyConfig.model_validate(body)
+        study = StudyConfig.model_validate(read_yaml(path, "study", "name a YAML file with recipe, root and lines"))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

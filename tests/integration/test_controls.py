@@ -145,7 +145,7 @@ def test_a_sample_of_the_test_images_is_the_same_for_all_systems(finished: Path,
             "evaluation.rivals={big: {backbone: resnet19}}",
             "evaluation.rivals.big: unknown backbone 'resnet19'; did you mean resnet18",
         ),
-        ("evaluation.rivals={big: {epochs: 2}}", "evaluation.rivals.big.backbone"),
+        ("evaluation.rivals={big: {epochs: 2}}", "evaluation.rivals.big.backbone is missing; give it a value"),
         ("partition.method=random", "evaluation.all_experts: true goes by the distance to the experts' centroids"),
     ],
 )

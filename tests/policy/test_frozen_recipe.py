@@ -222,7 +222,7 @@ def test_shipped_recipe_dry_runs_and_builds_nothing(project: Path, recipe: Path)
 def test_shipped_recipe_says_its_command_and_stands_in_the_table(recipe: Path) -> None:
     head = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any("Command:" in line for line in head), "a recipe states its command in its head"
-    assert f"`{recipe.name}`" in (PIPELINES / "README.md").read_text()
+    assert f"`{recipe.relative_to(PIPELINES)}`" in (PIPELINES / "README.md").read_text()
     root = read_study(recipe)[0].root if recipe in STUDIES else load_recipe(recipe).root
     assert root.startswith("runs/"), "a shipped recipe writes below runs/, which git ignores"
 
