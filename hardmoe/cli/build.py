@@ -173,7 +173,8 @@ def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
         counts = (cost["parameters"], cost["active_parameters"], cost["flops"])
         told = [*map(format_large, counts), f"{cost['images_seen']:,}", format_large(cost["training_flops"])]
         rows.append((system, *told))
-    click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
+    if costs:
+        click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
 
 
 def _print_unequal_costs(built: Built) -> None:
