@@ -22,11 +22,11 @@ from pydantic import Field, ValidationError
 
 from hardmoe.artifacts.names import DENSE, is_of_the_mixture
 from hardmoe.cli.build import Built, build, print_plan
-from hardmoe.cli.common import format_table
+from hardmoe.cli.common import RECIPE_FILE, format_table
 from hardmoe.config import Config, Json
 from hardmoe.errors import RecipeError
 from hardmoe.recipe import load_recipe
-from hardmoe.storage import join
+from hardmoe.storage import join, open_storage
 from hardmoe.yaml_files import read_yaml
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -58,6 +58,8 @@ class Run:
     seed: int
     root: str
     overrides: tuple[str, ...]
+    sources: tuple[str, ...]
+    """Roots of the study's other runs from which it takes over what is the same, as far as they were begun."""
 
 
 def read_study(path: Path) -> tuple[StudyConfig, list[Run]]:
@@ -82,10 +84,9 @@ def read_study(path: Path) -> tuple[StudyConfig, list[Run]]:
     for name, changes in study.lines.items():
         for seed in study.seeds:
             root = join(study.root, name if len(study.seeds) == 1 else f"{name}-seed{seed}")
-            sources = [*study.reuse, *(run.root for run in runs if run.seed == seed or run.line == name)]
+            sources = tuple(run.root for run in runs if run.seed == seed or run.line == name)
             changed = [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()]
-            told = (f"root={json.dumps(root)}", f"seed={seed}", f"reuse={json.dumps(sources)}")
-            runs.append(Run(name, seed, root, (*changed, *told)))
+            runs.append(Run(name, seed, root, (*changed, f"root={json.dumps(root)}", f"seed={seed}"), sources))
     return study, runs
 
 
@@ -98,7 +99,9 @@ def run_study(path: Path, options: Mapping[str, Any], only: Sequence[str], dry_r
     for number, run in enumerate(runs, 1):
         if only and run.line not in only and run.line != runs[0].line:
             continue
-        told = {**options, "recipe_path": recipe_path, "overrides": [*options["overrides"], *run.overrides], "root": None}
+        begun = [root for root in run.sources if open_storage(root).exists(RECIPE_FILE)]
+        overrides = [*options["overrides"], *run.overrides, f"reuse={json.dumps([*study.reuse, *begun])}"]
+        told = {**options, "recipe_path": recipe_path, "overrides": overrides, "root": None}
         click.echo(f"{run.line}, seed {run.seed}: run {number} of {len(runs)}, in {run.root}", err=True)
         if dry_run:
             print_plan(told)

@@ -20,6 +20,8 @@ from hardmoe.evaluation.metrics import Labels, top_tags
 BINS, BANDS, RANK = 15, 5, 10
 _UNIT = 1 << 24
 """Probabilities are summed in units of 2^-24, as integers."""
+_DIGITS = 4
+"""Decimals of probabilities that are told; beyond the sixth they depend on which images went through the decoder together."""
 
 
 def frequency_bands(counts_V: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -74,11 +76,14 @@ class Breakdown:
         images_C, right_C, units_C = self.bins_C3.T.astype(np.float64)
         gaps_C = np.abs(right_C - units_C / _UNIT)
         bins = [
-            {"images": int(images), "right": right / images, "probability": units / _UNIT / images} if images else None
+            None
+            if not images
+            else {"images": int(images), "right": right / images, "probability": round(units / _UNIT / images, _DIGITS)}
             for images, right, units in zip(images_C, right_C, units_C, strict=True)
         ]
         bands = [
             {"tags": int((bands_V == band).sum()), "labels": int(count), "recall@10": found / count if count else None}
             for band, (count, found) in enumerate(self.bands_F2.tolist())
         ]
-        return {"calibration_error": float(gaps_C.sum() / max(1.0, images_C.sum())), "bins": bins, "frequency_bands": bands}
+        error = round(float(gaps_C.sum() / max(1.0, images_C.sum())), _DIGITS)
+        return {"calibration_error": error, "bins": bins, "frequency_bands": bands}

@@ -35,11 +35,11 @@ def test_sums_are_those_of_a_loop_and_add_up() -> None:
                 recalled[bands[tag]].append(tag in best[:10])
     images = sum(map(len, bins))
     error = sum(abs(sum(right for _, right in some) - sum(sure for sure, _ in some)) for some in bins)
-    assert found["calibration_error"] == pytest.approx(error / images, abs=1e-6)
+    assert found["calibration_error"] == pytest.approx(error / images, abs=6e-5)
     for told, some in zip(found["bins"], bins, strict=True):
         assert (told is None) == (not some)
         if told is not None:
-            assert told == {"images": len(some), **{k: pytest.approx(v, abs=1e-6) for k, v in _means(some).items()}}
+            assert told == {"images": len(some), **{k: pytest.approx(v, abs=6e-5) for k, v in _means(some).items()}}
     for band, told in enumerate(found["frequency_bands"]):
         share = np.mean(recalled[band]) if recalled[band] else None
         assert told == {"tags": int((bands == band).sum()), "labels": len(recalled[band]), "recall@10": pytest.approx(share)}
@@ -62,7 +62,7 @@ def test_a_perfectly_calibrated_system_has_no_error_and_a_sure_wrong_one_all_of_
     scores = np.log(np.tile([0.5, 0.5 - 1e-6, 1e-6], (10, 1))).astype(np.float32)
     labels = (np.array([0, 1] * 5, np.int32), np.arange(11))
     bands = np.zeros(3, np.int64)
-    assert Breakdown.of(scores, labels, bands).results(bands)["calibration_error"] == pytest.approx(0.0, abs=1e-6)
+    assert Breakdown.of(scores, labels, bands).results(bands)["calibration_error"] == pytest.approx(0.0, abs=6e-5)
     sure = np.log(np.tile([1 - 2e-9, 1e-9, 1e-9], (10, 1))).astype(np.float32)
     wrong = (np.full(10, 2, np.int32), np.arange(11))
-    assert Breakdown.of(sure, wrong, bands).results(bands)["calibration_error"] == pytest.approx(1.0, abs=1e-6)
+    assert Breakdown.of(sure, wrong, bands).results(bands)["calibration_error"] == pytest.approx(1.0, abs=6e-5)
