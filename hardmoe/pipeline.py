@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from hardmoe.artifacts.names import DENSE, expert_name
+from hardmoe.artifacts.names import DENSE, ROUNDS, expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
 from hardmoe.data.inventory import Inventory, take_inventory
 from hardmoe.data.places import read_place
@@ -18,12 +19,14 @@ from hardmoe.data.sources.registry import open_source
 from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_followers, with_source
 from hardmoe.decoder.stage import decoder_stage
 from hardmoe.errors import DataError, DriftError, RecipeError
-from hardmoe.evaluation.stage import System, evaluation_stage, temperature_stage
+from hardmoe.evaluation.config import RivalConfig
+from hardmoe.evaluation.stage import System, evaluation_stage, losses_stage, temperature_stage
 from hardmoe.experts.origin import Origin, identify_origin
 from hardmoe.experts.stages import (
     dense_stage,
     embeddings_stage,
     expert_stage,
+    further_stage,
     match_name,
     nearest_embeddings_stage,
 )
@@ -42,6 +45,8 @@ DENSE_EMBEDDINGS = "baselines/dense_embeddings"
 DENSE_REFIT = "baselines/dense_refit"
 RANDOM = "baselines/random"
 TOP_K = "topk"
+RIVALS = "rivals"
+ALL_EXPERTS = "all_experts"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Mixture:
     experts: tuple[str, ...]
     embeddings: str
     decoder: str
+    earlier: tuple[str, ...] = ()
+    """Experts of the rounds before."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +99,22 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     stages.append(partition_stage(recipe.partition, recipe.seed))
     mixture = _mixture(recipe, stages, ("partition", "experts", "embeddings", "decoder"), external.origin)
     # The trunk is judged by its own features, which nobody computes where the partition goes by others.
-    systems = {} if recipe.features.path else {"trunk": System("features", "feature", ("trunk",), shared=False)}
+    trunk = System("features", "feature", ("trunk",), shared=False, networks=("trunk",))
+    systems = {} if recipe.features.path else {"trunk": trunk}
     if recipe.evaluation.dense_baseline:
         systems |= _dense(recipe, stages, external.origin)
-    systems["experts_own_decoder"] = System(mixture.embeddings, "embedding", mixture.experts, shared=False)
-    systems["mixture"] = System(mixture.embeddings, "embedding", (mixture.decoder,), shared=True)
+    for name, rival in recipe.evaluation.rivals.items():
+        systems[name] = _rival(recipe, stages, name, rival)
+    whole = _system(recipe, mixture)
+    systems |= {"experts_own_decoder": replace(whole, decoders=mixture.experts, shared=False), "mixture": whole}
     if recipe.evaluation.top_k is not None:
         systems["mixture_topk"] = _top_k(recipe, stages, mixture, recipe.evaluation.top_k)
+    if recipe.evaluation.all_experts:
+        systems |= _all_experts(recipe, stages, mixture)
     if recipe.evaluation.random_partition:
         random = _random(recipe, stages, external.origin)
-        systems["random_partition"] = System(random.embeddings, "embedding", (random.decoder,), shared=True)
-    stages.append(evaluation_stage(recipe.evaluation, systems, recipe.seed))
+        systems["random_partition"] = replace(_system(recipe, random), gate=None)
+    stages.append(evaluation_stage(recipe.evaluation, systems))
     stages.append(report_stage(recipe.what(), stages))
     return [with_source(stage, recipe.dataset) for stage in stages]
 
@@ -176,15 +188,77 @@ def drift_stages(recipe: Recipe, dataset: Stage, config: DatasetConfig, place: s
 
 def _mixture(recipe: Recipe, stages: list[Stage], names: tuple[str, str, str, str], origin: Origin) -> Mixture:
     """Add experts, embeddings and decoder over a partition; these four are named."""
-    partition, place, embeddings, decoder = names
-    count = recipe.partition.experts
-    if recipe.experts.init_root is not None:
-        stages.append(match_stage(match_name(place), partition, recipe.experts.init_root, origin.experts, recipe.seed))
+    partition, place, *_ = names
+    matches = match_name(place) if recipe.experts.init_root is not None else None
+    if matches is not None and recipe.experts.init_root is not None:
+        stages.append(match_stage(matches, partition, recipe.experts.init_root, origin.experts, recipe.seed))
+    before: Mixture | None = None
+    for number in range(recipe.decoder.rounds + 1):
+        # What the last round gives has the names that it would have without any.
+        last = number == recipe.decoder.rounds
+        there = names if last else (partition, *_within(f"{place.removesuffix('experts')}{ROUNDS}{number}/"))
+        before = _round(recipe, stages, there, (number, before), origin.experts, matches)
+    assert before is not None
+    return before
+
+
+def _system(recipe: Recipe, mixture: Mixture) -> System:
+    """A mixture as a system: trunk, then one of the experts, then the shared decoder."""
+    return System(
+        mixture.embeddings,
+        "embedding",
+        (mixture.decoder,),
+        shared=True,
+        networks=mixture.experts,
+        starts=("trunk", *mixture.earlier),
+        gate=None if recipe.features.path or not recipe.partition.is_routed else "trunk",
+        branch_at=recipe.experts.shared_stage,
+    )
+
+
+def rival_network(name: str) -> str:
+    """The artifact of a rival's network."""
+    return f"{RIVALS}/{name}/network"
+
+
+def _rival(recipe: Recipe, stages: list[Stage], name: str, rival: RivalConfig) -> System:
+    """Add a network of all images that starts from fresh weights, its embeddings and its refitted decoder."""
+    network, embeddings, decoder = rival_network(name), f"{RIVALS}/{name}/embeddings", f"{RIVALS}/{name}/decoder"
+    epochs = rival.epochs or recipe.trunk.epochs + recipe.experts.epochs
+    config = recipe.trunk.model_copy(update={"backbone": rival.backbone, "stem": rival.stem, "epochs": epochs})
+    stages.append(trunk_stage(config, recipe.seed, network))
+    stages.append(embeddings_stage(embeddings, "dataset", {0: network}, partitioned=False))
+    stages.append(decoder_stage(recipe.decoder.of_one_fit(), 1, recipe.seed, decoder, embeddings, start=network))
+    return System(embeddings, "embedding", (decoder,), shared=True, networks=(network,))
+
+
+def _within(prefix: str) -> tuple[str, str, str]:
+    """Names of a round's experts, embeddings and decoder."""
+    return f"{prefix}experts", f"{prefix}embeddings", f"{prefix}decoder"
+
+
+def _round(
+    recipe: Recipe,
+    stages: list[Stage],
+    names: tuple[str, str, str, str],
+    after: tuple[int, Mixture | None],
+    start: Json,
+    matches: str | None,
+) -> Mixture:
+    """Add the experts of one round, `after` how many others and which mixture, and what is fitted to them."""
+    (partition, place, embeddings, decoder), (number, before), count = names, after, recipe.partition.experts
+    first = recipe.experts.epochs - recipe.decoder.rounds * recipe.decoder.round_epochs
+    config = recipe.experts.model_copy(update={"epochs": first if before is None else recipe.decoder.round_epochs})
     experts = tuple(f"{place}/{expert_name(expert)}" for expert in range(count))
-    stages += [expert_stage(recipe.experts, expert, recipe.seed, partition, place, origin.experts) for expert in range(count)]
+    for expert in range(count):
+        stage = expert_stage(config, expert, recipe.seed, partition, place, start, matches)
+        if before is not None:
+            stage = further_stage(stage, number, before.experts[expert], before.decoder)
+        stages.append(stage)
     stages.append(embeddings_stage(embeddings, partition, dict(enumerate(experts)), partitioned=True))
-    stages.append(decoder_stage(recipe.decoder, count, recipe.seed, decoder, embeddings))
-    return Mixture(partition, experts, embeddings, decoder)
+    stages.append(decoder_stage(recipe.decoder.of_one_fit(), count, recipe.seed, decoder, embeddings))
+    earlier = () if before is None else (*before.earlier, *before.experts)
+    return Mixture(partition, experts, embeddings, decoder, earlier)
 
 
 def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, System]:
@@ -192,20 +266,37 @@ def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, Sys
     overlapping = "partition" if recipe.partition.has_extra_copies else None
     stages.append(dense_stage(recipe.experts, recipe.seed, overlapping, origin.dense))
     stages.append(embeddings_stage(DENSE_EMBEDDINGS, "dataset", {0: DENSE}, partitioned=False))
-    stages.append(decoder_stage(recipe.decoder, 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
-    return {
-        "dense": System(DENSE_EMBEDDINGS, "embedding", (DENSE,), shared=False),
-        "dense_refit": System(DENSE_EMBEDDINGS, "embedding", (DENSE_REFIT,), shared=True),
-    }
+    stages.append(decoder_stage(recipe.decoder.of_one_fit(), 1, recipe.seed, DENSE_REFIT, DENSE_EMBEDDINGS))
+    starts = ("trunk",) if recipe.experts.init == "trunk" else ()
+    held = recipe.experts.shared_stage
+    dense = System(DENSE_EMBEDDINGS, "embedding", (DENSE,), shared=False, networks=(DENSE,), starts=starts, branch_at=held)
+    return {"dense": dense, "dense_refit": replace(dense, decoders=(DENSE_REFIT,), shared=True)}
 
 
 def _top_k(recipe: Recipe, stages: list[Stage], mixture: Mixture, top_k: int) -> System:
     """Add what several experts say of held-out images, and how to weigh them."""
-    nearest, embeddings, temperature = f"{TOP_K}/nearest", f"{TOP_K}/embeddings", f"{TOP_K}/temperature"
-    stages.append(nearest_stage(top_k, nearest))
-    stages.append(nearest_embeddings_stage(embeddings, nearest, dict(enumerate(mixture.experts))))
+    embeddings, temperature = _several(stages, mixture, top_k, TOP_K), f"{TOP_K}/temperature"
     stages.append(temperature_stage(temperature, embeddings, mixture.decoder))
-    return System(embeddings, "embedding", (mixture.decoder,), shared=True, temperature=temperature)
+    return replace(_system(recipe, mixture), embeddings=embeddings, passes=top_k, temperature=temperature)
+
+
+def _all_experts(recipe: Recipe, stages: list[Stage], mixture: Mixture) -> dict[str, System]:
+    """Add what all experts say of held-out images, and what each is worth on its own."""
+    embeddings, losses = _several(stages, mixture, recipe.partition.experts, ALL_EXPERTS), f"{ALL_EXPERTS}/losses"
+    stages.append(losses_stage(losses, embeddings, mixture.decoder))
+    whole = replace(_system(recipe, mixture), embeddings=embeddings)
+    return {
+        "best_single_expert": replace(whole, chosen_by="validation", losses=losses),
+        "oracle_expert": replace(whole, chosen_by="labels"),
+    }
+
+
+def _several(stages: list[Stage], mixture: Mixture, count: int, place: str) -> str:
+    """Add what so many of the experts nearest to each held-out image say of it; returns the artifact's name."""
+    nearest, embeddings = f"{place}/nearest", f"{place}/embeddings"
+    stages.append(nearest_stage(count, nearest))
+    stages.append(nearest_embeddings_stage(embeddings, nearest, dict(enumerate(mixture.experts))))
+    return embeddings
 
 
 def _random(recipe: Recipe, stages: list[Stage], origin: Origin) -> Mixture:

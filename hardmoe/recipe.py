@@ -6,7 +6,6 @@ language of their own, and defaults spread over several files.
 """
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +23,7 @@ from hardmoe.experts.config import ExpertsConfig
 from hardmoe.features.config import FeaturesConfig
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.trunk.config import TrunkConfig
+from hardmoe.yaml_files import parse_yaml, read_yaml, yaml_problem
 
 DEFAULT_PATH = "hardmoe.yaml"
 
@@ -71,17 +71,28 @@ class Recipe(Config):
                 "experts.budget: examples gives every expert as many images, where partition.overlap and "
                 "partition.out_of_part_fraction let some train on more; take those out, or set experts.budget: epochs"
             )
-        if (top_k := self.evaluation.top_k) is not None:
-            if not self.partition.is_routed:
-                raise ValueError(
-                    f"evaluation.top_k: {top_k} goes by the distance to the experts' centroids, which random parts have none of; "
-                    "set partition.method: kmeans, or leave evaluation.top_k out"
-                )
-            if top_k > self.partition.experts:
-                raise ValueError(
-                    f"evaluation.top_k is {top_k}, but there are {self.partition.experts} experts (partition.experts); set it to "
-                    "as many at most"
-                )
+        several = "top_k" if self.evaluation.top_k is not None else "all_experts" if self.evaluation.all_experts else None
+        if several is not None and not self.partition.is_routed:
+            value = str(getattr(self.evaluation, several)).lower()
+            raise ValueError(
+                f"evaluation.{several}: {value} goes by the distance to the experts' centroids, which random parts have none of; "
+                f"set partition.method: kmeans, or leave evaluation.{several} out"
+            )
+        if (top_k := self.evaluation.top_k) is not None and top_k > self.partition.experts:
+            raise ValueError(
+                f"evaluation.top_k is {top_k}, but there are {self.partition.experts} experts (partition.experts); set it to "
+                "as many at most"
+            )
+        if self.decoder.rounds and self.experts.epochs <= (epochs := self.decoder.rounds * self.decoder.round_epochs):
+            raise ValueError(
+                f"decoder.rounds: {self.decoder.rounds} takes the last {epochs} epochs of experts.epochs: {self.experts.epochs}, "
+                f"which leaves none before; set experts.epochs to {epochs + 1} or more"
+            )
+        if self.decoder.rounds and self.experts.loss != self.decoder.loss:
+            raise ValueError(
+                f"decoder.rounds: {self.decoder.rounds} trains experts against the decoder, whose loss '{self.decoder.loss}' is "
+                f"not their '{self.experts.loss}'; set decoder.loss: {self.experts.loss}, or decoder.rounds: 0"
+            )
         if self.partition.method == "given" and self.dataset.part_column is None:
             raise ValueError(
                 "partition.method is 'given' but dataset.part_column names no column; set it, or set partition.method: kmeans"
@@ -209,16 +220,7 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        body = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe {path}; name one with -f FILE, or write one with 'hardmoe init'") from error
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}; give a readable YAML file") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"the recipe {path} is not text in UTF-8; give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML{_yaml_problem(error)}") from error
+    body = read_yaml(path, "recipe", "name one with -f FILE, or write one with 'hardmoe init'")
     if body is None:
         return {}
     if not isinstance(body, dict):
@@ -227,38 +229,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: unknown key {_shown(odd)}; {_nearest([str(odd)])}")
     # A section whose keys are all commented out reads as null: it says nothing.
     return {key: value for key, value in body.items() if value is not None or _section(key) is None}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its two traps: `1e-4` is a number, and of a key given twice neither is dropped in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key_node.value}' is given twice; keep one", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789"))
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without YAML's excerpt of the text."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
-        return f": {' '.join(str(error).split())}"
-    mark = error.problem_mark
-    where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
-    hint = "; indent with spaces, not tabs" if "'\\t'" in error.problem else ""
-    return f"{where}: {error.problem}{hint}"
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,9 +251,9 @@ def _override(body: dict[str, Any], text: str) -> None:
             raise RecipeError(f"--set {text!r}: '{section}' is a value, not a section")
         body = inner
     try:
-        body[last] = _parse_yaml(value)
+        body[last] = parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: the value is not valid YAML{_yaml_problem(error)}; quote it") from error
+        raise RecipeError(f"--set {text!r}: the value is not valid YAML{yaml_problem(error)}; quote it") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -296,6 +266,8 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {len(others)} more {'mistake' if len(others) == 1 else 'mistakes'})" if others else ""
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'; {_nearest(location)}{more}"
+    if first["type"] == "missing":
+        return f"{'.'.join(map(str, first['loc']))} is missing; give it a value{more}"
     if first["type"] == "value_error":
         sentence = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
         return f"{key + ': ' if key else ''}{sentence}{more}"

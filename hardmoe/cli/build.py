@@ -8,7 +8,7 @@ from typing import Any
 import click
 import yaml
 
-from hardmoe.artifacts.names import DENSE, expert_name
+from hardmoe.artifacts.names import DENSE, expert_name, is_of_the_mixture
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.checks import check_before_building, taken_over
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
@@ -160,13 +160,27 @@ def print_metrics(built: Built) -> None:
     if difference and difference["low"] is not None:
         low, high = 100 * difference["low"], 100 * difference["high"]
         click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    _print_costs(results["costs"])
     _print_unequal_costs(built)
+
+
+def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
+    """What every system takes, in use and in training."""
+    from hardmoe.report.formats import format_large
+
+    rows: list[Sequence[str]] = [("system", "parameters", "of one image", "FLOP/image", "images shown", "training FLOP")]
+    for system, cost in costs.items():
+        counts = (cost["parameters"], cost["active_parameters"], cost["flops"])
+        told = [*map(format_large, counts), f"{cost['images_seen']:,}", format_large(cost["training_flops"])]
+        rows.append((system, *told))
+    if costs:
+        click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
 
 
 def _print_unequal_costs(built: Built) -> None:
     """What each side of the comparison has seen, where an early stop or repeats of rare hashtags made it unequal."""
     dense = built.plan.artifacts.get(DENSE)
-    experts = [artifact for name, artifact in built.plan.artifacts.items() if name.startswith("experts/")]
+    experts = [artifact for name, artifact in built.plan.artifacts.items() if is_of_the_mixture(name)]
     seen = sum(artifact.payload["examples_seen"] for artifact in experts)
     if dense is not None and seen != dense.payload["examples_seen"]:
         click.echo(

@@ -15,6 +15,7 @@ from hardmoe.data.splits import check_test_examples, check_test_labels
 from hardmoe.decoder.config import DecoderConfig
 from hardmoe.errors import MissingRecordError, RebuiltInputError, RecipeError
 from hardmoe.execution.plan import Plan
+from hardmoe.pipeline import rival_network
 from hardmoe.recipe import Recipe
 from hardmoe.storage import open_storage
 
@@ -46,6 +47,7 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
         width = _probed_width(recipe) if missing & {*_NETWORKS} else _trained_width(recipe, plan)
         if width is not None:
             _check_decoder(recipe.decoder, width)
+    _check_rivals(recipe, plan)
     if missing & {*_NETWORKS} and recipe.experts.shared_stage is not None:
         from hardmoe.models.probe import check_branch
 
@@ -122,6 +124,21 @@ def _probed_width(recipe: Recipe) -> int | None:
 
         check_decoder_fits(recipe.experts.backbone, width, trunk_width)
     return width
+
+
+def _check_rivals(recipe: Recipe, plan: Plan) -> None:
+    """Try out the networks that the mixture is to be held against."""
+    missing = {stage.name for stage in plan.missing}
+    for name, rival in recipe.evaluation.rivals.items():
+        if rival_network(name) in missing:
+            from hardmoe.models.probe import probe_backbone
+
+            try:
+                width = probe_backbone(rival.backbone, image_size=recipe.trunk.image_size, stem=rival.stem)
+                if width is not None:
+                    _check_decoder(recipe.decoder, width)
+            except RecipeError as error:
+                raise RecipeError(f"evaluation.rivals.{name}: {error}") from error
 
 
 def _check_start(recipe: Recipe) -> None:

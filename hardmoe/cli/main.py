@@ -178,6 +178,23 @@ def run(dry_run: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, metavar="LINE", help="Run only this line, and the first; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Print what each run would build, and build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key in every line.")
+@click.option("--parallel", type=click.IntRange(min=1), help="At most so many units at a time.")
+@click.option("--backend", type=click.Choice(["ray", "inline"]), help="Override execution.backend.")
+@click.option("--address", help="Override execution.address: 'local', or a running Ray cluster's.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def sweep(study: Path, only: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Run the lines of STUDY, variations of one recipe, each with every seed; print one table of all."""
+    from hardmoe.cli.study import run_study
+
+    run_study(study, options, only, dry_run, as_json)
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until nothing is running.")
 @recipe_options

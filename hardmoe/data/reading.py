@@ -165,6 +165,12 @@ def tag_names(vocabulary: InputArtifact) -> list[str]:
     return names
 
 
+def tag_counts(vocabulary: InputArtifact) -> NDArray[np.int64]:
+    """Training images of every canonical tag, by index, int64 [V]."""
+    counts_V: NDArray[np.int64] = read_table(vocabulary.storage, vocabulary.path("tags.parquet"), TAGS).column("count").to_numpy()
+    return counts_V
+
+
 def labels_of(
     vocabulary: InputArtifact,
     ids_N16: NDArray[np.uint8],

@@ -42,6 +42,13 @@ class DecoderConfig(Config):
     sampled_tags: int = added(_SAMPLED_TAGS, ge=1)
     """Hashtags in the mean step of `classes: sampled`, beside those of the batch."""
 
+    rounds: int = added(0, ge=0, le=16)
+    """How often the experts go on against what was fitted: alignment and decoder are held while each trains for `round_epochs`,
+    then fitted anew. These epochs are the last ones of `experts.epochs`, so that everything costs what it costs without."""
+
+    round_epochs: int = added(1, ge=1)
+    """Epochs of the experts in each of the `rounds`."""
+
     batch_size: int = Field(512, ge=1)
     """Examples per step at most; the batches of an epoch differ by at most one example."""
 
@@ -66,6 +73,13 @@ class DecoderConfig(Config):
             raise ValueError(
                 f"dim: {self.dim} needs align: affine or lowrank; with {self.align} the width is the experts'. Set dim: null"
             )
+        if self.rounds == 0 and self.round_epochs != 1:
+            raise ValueError(f"round_epochs: {self.round_epochs} is read with rounds only; take it out, or set rounds: 1")
+        if self.rounds and self.temperature is not None:
+            raise ValueError(
+                f"rounds: {self.rounds} holds the decoder as a part of each expert, which a decoder of cosines cannot be; "
+                "set temperature: null, or rounds: 0"
+            )
         if self.align != "lowrank" and self.rank != _RANK:
             raise ValueError(f"rank: {self.rank} is read by align: lowrank only; take it out, or set align: lowrank")
         return self
@@ -77,3 +91,7 @@ class DecoderConfig(Config):
                 f"sampled_tags: {self.sampled_tags} is read by classes: sampled only; take it out, or set classes: sampled"
             )
         return self
+
+    def of_one_fit(self) -> Self:
+        """The section without the rounds: what one fit needs to know, the same with them and without."""
+        return self.model_copy(update={"rounds": 0, "round_epochs": 1})

@@ -17,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardmoe.config import Json
-from hardmoe.hashing import hash_ids
+from hardmoe.hashing import hash_ids, number_ids
+
+BOOTSTRAP_SEED = 0
+"""Not the recipe's: the same test images weigh the same in every run, so that runs with other seeds can be compared as well."""
 
 
 @cache
@@ -103,3 +106,19 @@ def paired_result(values_a_R: NDArray[np.float64], values_b_R: NDArray[np.float6
     if values_a_R.shape != values_b_R.shape:
         raise ValueError(f"different numbers of replicates: {len(values_a_R) - 1} and {len(values_b_R) - 1}")
     return interval_result(values_a_R - values_b_R, centred)
+
+
+def hierarchical_result(values_SR: NDArray[np.float64]) -> dict[str, Json]:
+    """`{"value", "low", "high"}` of the mean over several runs, resampled over runs and examples at once.
+
+    In replicate b as many runs are drawn, with replacement, and their b-th replicates averaged (Davison and Hinkley 1997, section
+    3.8), so the interval covers the choice of test examples and the luck of the training. Of one run it covers the former alone.
+
+    Args:
+        values_SR: float64 [S, 1 + B], of every run the point estimate first; all over the same examples.
+    """
+    num_runs, num_replicates = len(values_SR), values_SR.shape[1] - 1
+    words_BS = np.stack([hash_ids(number_ids(num_replicates), BOOTSTRAP_SEED, "runs", run) for run in range(num_runs)], axis=1)
+    drawn_BS = (words_BS >> np.uint64(32)) * np.uint64(num_runs) >> np.uint64(32)
+    replicates_B = values_SR[drawn_BS.astype(np.int64), 1 + np.arange(num_replicates)[:, None]].mean(axis=1)
+    return interval_result(np.concatenate([values_SR[:, 0].mean(keepdims=True), replicates_B]))

@@ -1,8 +1,36 @@
 """The recipe's `evaluation` section."""
 
-from pydantic import Field
+import re
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from hardmoe.config import Config, added
+
+SYSTEMS = (
+    "trunk",
+    "dense",
+    "dense_refit",
+    "experts_own_decoder",
+    "mixture",
+    "mixture_topk",
+    "best_single_expert",
+    "oracle_expert",
+    "random_partition",
+)
+"""Names that a rival cannot have."""
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+
+class RivalConfig(Config):
+    """One network of all images that the mixture is held against, trained from fresh weights by the trunk's rules."""
+
+    backbone: str = Field(min_length=1)
+    """As `trunk.backbone`."""
+    stem: Literal["auto", "small", "imagenet"] = "auto"
+    """As `trunk.stem`."""
+    epochs: int | None = Field(None, ge=1)
+    """How often it sees every image; null for as often as trunk and experts together."""
 
 
 class EvaluationConfig(Config):
@@ -18,8 +46,29 @@ class EvaluationConfig(Config):
     """Also judge `mixture_topk`: every image through so many of its nearest experts, mixed by distance, with the sharpness fitted
     on the validation split. Costs as many expert passes an image, where the mixture costs one; null for not."""
 
+    all_experts: bool = added(False)
+    """Also send every held-out image through all experts: `best_single_expert` is the one with the smallest loss on the whole
+    validation split, `oracle_expert` the best for each test image, told by its hashtags. Routing is worth what lies above the
+    first, and cannot have a smaller loss than the second. Costs as many passes a held-out image as there are experts."""
+
+    rivals: dict[str, RivalConfig] = added({})
+    """Further controls by name, each one network of all images with its decoder refitted: `dense_2x: {backbone: quicknet_w17}`
+    costs an image what a mixture of `quicknet_w12` does, gate and expert, and another may have its parameters."""
+
+    retrieval_sample: int = added(20_000, ge=0)
+    """Test images among which every image's nearest neighbours in each system's space are looked for; 0 for not."""
+
     bootstrap_replicates: int = Field(default=1000, ge=1)
     """Poisson bootstrap replicates behind the 95 % intervals of the ranking metrics."""
 
     map_replicates: int = Field(default=100, ge=1)
     """Replicates behind the interval of `map`, which costs a pass over all scores for each of them."""
+
+    @model_validator(mode="after")
+    def _rivals_have_names_of_their_own(self) -> Self:
+        for name in self.rivals:
+            if name in SYSTEMS:
+                raise ValueError(f"rivals: '{name}' is the name of a system that there is anyway; choose another")
+            if _NAME.fullmatch(name) is None:
+                raise ValueError(f"rivals: '{name}' is no name; use at most 40 of a to z, 0 to 9 and _, a letter first")
+        return self

@@ -28,7 +28,7 @@ from hardmoe.training.determinism import deterministic
 
 TEMPERATURES_T = 2.0 ** (np.arange(-40, 41) / 2)
 _BATCH = 256
-_UNIT = 1 << 24
+LOSS_UNIT = 1 << 24
 """Losses are summed in units of 2^-24, as integers: the same sum however the split is sharded."""
 
 TopkScorer = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]], NDArray[np.float32]]
@@ -102,7 +102,7 @@ class TemperatureWork:
             unknown = {"validation_loss": None, "validation_loss_top1": None}
             return Finished({**told, "temperature": float(TEMPERATURES_T[0]), **unknown})
         best = int(np.argmin(sums_T))
-        losses_T = np.array(sums_T, np.float64) / _UNIT / count
+        losses_T = np.array(sums_T, np.float64) / LOSS_UNIT / count
         return Finished(
             {
                 **told,
@@ -132,5 +132,5 @@ class TemperatureWork:
                     weights_Lk = log_weights(shard.squared_Nk[some], temperature)[rows_L[of] - start]
                     mixed_L = np.logaddexp.reduce(said_Lk + weights_Lk, axis=1)
                     np.subtract.at(losses_TN[index], rows_L[of], mixed_L / lengths_N[rows_L[of]])
-        units_T = np.rint(losses_TN * _UNIT).astype(np.int64).sum(axis=1)
+        units_T = np.rint(losses_TN * LOSS_UNIT).astype(np.int64).sum(axis=1)
         return {"examples": int((lengths_N > 0).sum()), "losses": units_T.tolist()}

@@ -1,12 +1,13 @@
 """The evaluation stage: every system over the test split, from cached embeddings, in mergeable sums.
 
 One unit per system and shard of its embeddings. Each system's tables are read where they lie, in their own order: sums and
-bootstrap weights are functions of the examples, so systems stay paired without ever being joined. A second phase, one unit
-per system, computes `map`, which needs all scores of a tag together.
+bootstrap weights are functions of the examples, so systems stay paired without ever being joined. Further phases, one unit per
+system each, compute `map`, which needs all scores of a tag together, what is near what in the system's space, and its costs.
 
 Shape letters: N examples, D features, V tags, B replicates.
 """
 
+import io
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 
@@ -16,21 +17,29 @@ from numpy.typing import NDArray
 
 from hardmoe.arrays import load_arrays, save_arrays
 from hardmoe.config import Json
-from hardmoe.data.reading import Labels, labels_of
+from hardmoe.data.ids import order_of_distinct, sortable
+from hardmoe.data.reading import Labels, labels_of, tag_counts
 from hardmoe.data.schemas import EMBEDDINGS, FEATURES
 from hardmoe.errors import DataError
 from hardmoe.evaluation.average_precision import AveragePrecisionScores, merged
-from hardmoe.evaluation.bootstrap import interval_result, null_result, paired_result
+from hardmoe.evaluation.bootstrap import BOOTSTRAP_SEED, interval_result, null_result, paired_result
+from hardmoe.evaluation.breakdown import Breakdown, frequency_bands
+from hardmoe.evaluation.chosen import build_chosen_scorer
 from hardmoe.evaluation.config import EvaluationConfig
+from hardmoe.evaluation.costs import cost_of
 from hardmoe.evaluation.metrics import METRICS, RankingSums, paired_difference
+from hardmoe.evaluation.metrics import Labels as TagRows
+from hardmoe.evaluation.retrieval import Points, replicated_shares, share_results
 from hardmoe.evaluation.scoring import build_scorer
 from hardmoe.evaluation.topk import build_topk_scorer, read_topk
-from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
+from hardmoe.hashing import hash_fractions
+from hardmoe.models.shared_decoder import load_shared_decoder
+from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
 from hardmoe.storage import Storage
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
 from hardmoe.training.determinism import deterministic
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, REPLICATES_FILE = "metrics.json", "replicates.npy"
 COMPARED = "mixture"
 """Every other system's metrics are also given as a paired difference from this one's."""
 _BATCH = 1024
@@ -58,37 +67,62 @@ class EvaluationWork:
         map_units = [Unit(name, {"parts": [dict(d.scratch) for d in done]}) for name, done in by_system.items()]
         averaged = yield Phase("map", map_units)
         maps = {system: done.payload for system, done in zip(systems, averaged, strict=True)}
+        usable = [system for system in systems if "chosen_by" not in context.stage.config["systems"][system]]
+        counted = yield Phase("cost", [Unit(system, {"system": system}) for system in usable])
         results = _results(config, sums, maps)
+        bands_V = frequency_bands(tag_counts(context.input("vocabulary")))
+        results["breakdown"] = {system: _breakdown(context.storage, by_system[system]).results(bands_V) for system in systems}
+        results["costs"] = {system: done.payload for system, done in zip(usable, counted, strict=True)}
+        if config.retrieval_sample:
+            with_space = [system for system in systems if has_one_space(context, system)]
+            # All systems were judged on the same examples, so any of them knows how many there are.
+            fraction = config.retrieval_sample / float(next(iter(sums.values())).column("examples")[0])
+            near = yield Phase("retrieve", [Unit(system, {"system": system, "fraction": fraction}) for system in with_space])
+            shares = {system: done.payload for system, done in zip(with_space, near, strict=True)}
+            results["retrieval"] = {system: share_results(shares[system], None) for system in with_space}
+            results["retrieval_differences"] = {
+                f"{COMPARED} - {system}": share_results(shares[system], shares[COMPARED])
+                for system in with_space
+                if system != COMPARED
+            }
+        results["replicates"] = {"systems": systems, "metrics": list(METRICS)}
         body = json.dumps(results, indent=1) + "\n"
-        return Finished({"num_test_examples": results["num_test_examples"]}, {METRICS_FILE: body.encode()})
+        files = {METRICS_FILE: body.encode(), REPLICATES_FILE: _replicates([sums[system] for system in systems])}
+        return Finished({"num_test_examples": results["num_test_examples"]}, files)
 
     def run(self, context: UnitContext) -> Json:
         """One shard of one system, or one system's `map`."""
         with deterministic(context.stage.resources.num_cpus, torch.device("cpu")):
-            return _score(context) if context.phase == "score" else _average_precision(context)
+            return {"score": _score, "map": _average_precision, "cost": _cost, "retrieve": _retrieve}[context.phase](context)
 
 
 def _score(context: UnitContext) -> Json:
-    config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
+    config = context.stage.section(EvaluationConfig, "evaluation")
     system = context.unit.arguments["system"]
     described = context.stage.config["systems"][system]
     ids_N16, score_rows = _scored_rows(context, system, described)
     shards = context.input(f"{system}:embeddings").files("split=test/")
     near = (shards.index(context.unit.arguments["path"]), len(shards))
     labels = labels_of(context.input("vocabulary"), ids_N16, split="test", near=near)
+    bands_V = frequency_bands(tag_counts(context.input("vocabulary")))
     sums: list[RankingSums] = []
+    broken_down: list[Breakdown] = []
     kept: list[AveragePrecisionScores] = []
     for start in range(0, len(ids_N16), _BATCH):
         rows = slice(start, min(start + _BATCH, len(ids_N16)))
-        scores_NV = score_rows(rows)
         some = _rows(labels, rows)
-        sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, seed))
+        scores_NV = score_rows(rows, some)
+        sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, BOOTSTRAP_SEED))
+        broken_down.append(Breakdown.of(scores_NV, some, bands_V))
         kept.append(AveragePrecisionScores.from_scores(scores_NV, some, ids_N16[rows]))
         context.progress(rows.stop, len(ids_N16))
     total = sums[0]
     for more in sums[1:]:
         total = total + more
-    save_arrays(context.scratch("sums"), {"sums": total.sums_RC})
+    apart = broken_down[0]
+    for more_apart in broken_down[1:]:
+        apart = apart + more_apart
+    save_arrays(context.scratch("sums"), {"sums": total.sums_RC, "bins": apart.bins_C3, "bands": apart.bands_F2})
     scores = merged(kept)
     save_arrays(context.scratch("scores"), {"ids": scores.ids_N16, "keys": scores.keys_NV, "positives": scores.positives_M2})
     facts = {"num_tags": total.num_tags, "num_unlabelled": total.num_unlabelled, "num_examples": scores.num_examples}
@@ -97,26 +131,77 @@ def _score(context: UnitContext) -> Json:
     return facts
 
 
-def _scored_rows(context: UnitContext, system: str, described: Json) -> tuple[NDArray[np.uint8], Callable[[slice], Scores]]:
-    """The ids of one shard [N, 16], and what scores some of its rows: float32 [n, V]."""
+def _scored_rows(
+    context: UnitContext, system: str, described: Json
+) -> tuple[NDArray[np.uint8], Callable[[slice, TagRows], Scores]]:
+    """The ids of one shard [N, 16], and what scores some of its rows, given their hashtags: float32 [n, V]."""
     decoders = [context.input(f"{system}:decoder-{index:04d}") for index in range(described["decoders"])]
     if described.get("topk"):
-        mixed = build_topk_scorer(decoders[0], context.input(f"{system}:temperature"))
         shard = read_topk(context.input(f"{system}:embeddings"), context.unit.arguments["path"])
-        return shard.ids_N16, lambda rows: mixed(shard.features_NkE[rows], shard.experts_Nk[rows], shard.squared_Nk[rows])
+        if "chosen_by" in described:
+            losses = context.input(f"{system}:losses").payload if described["chosen_by"] == "validation" else None
+            chosen = build_chosen_scorer(decoders[0], losses)
+            return shard.ids_N16, lambda rows, tags: chosen(shard.features_NkE[rows], shard.experts_Nk[rows], tags)
+        mixed = build_topk_scorer(decoders[0], context.input(f"{system}:temperature"))
+        return shard.ids_N16, lambda rows, _: mixed(shard.features_NkE[rows], shard.experts_Nk[rows], shard.squared_Nk[rows])
     scorer = build_scorer(decoders, described["shared"])
-    ids_N16, features_ND, experts_N = _read(context, system, described["column"])
-    return ids_N16, lambda rows: scorer(features_ND[rows], experts_N[rows])
+    ids_N16, features_ND, experts_N = _read(context, system, described["column"], context.unit.arguments["path"])
+    return ids_N16, lambda rows, _: scorer(features_ND[rows], experts_N[rows])
 
 
-def _read(context: UnitContext, system: str, column: str) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
+def _read(
+    context: UnitContext, system: str, column: str, path: str
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
     """Ids [N, 16], features float32 [N, D] and experts int64 [N] of one shard; one network counts as expert 0."""
     artifact = context.input(f"{system}:embeddings")
     schema = FEATURES if column == "feature" else EMBEDDINGS
-    table = read_table(artifact.storage, context.unit.arguments["path"], schema)
+    table = read_table(artifact.storage, path, schema)
     ids_N16 = ids_to_array(table.column("example_id"))
     experts_N = np.zeros(len(ids_N16), np.int64) if column == "feature" else table.column("expert").to_numpy().astype(np.int64)
     return ids_N16, vectors_to_array(table.column(column)).astype(np.float32), experts_N
+
+
+def _cost(context: UnitContext) -> Json:
+    return cost_of(context, context.unit.arguments["system"])
+
+
+def has_one_space(context: Context, system: str) -> bool:
+    """Whether a system gives an image one vector, which several experts to an image do not."""
+    return not context.stage.config["systems"][system].get("topk", False)
+
+
+def _retrieve(context: UnitContext) -> Json:
+    """The neighbours of one system's test images, of a sample that is the same for all systems."""
+    config = context.stage.section(EvaluationConfig, "evaluation")
+    system = context.unit.arguments["system"]
+    described = context.stage.config["systems"][system]
+    fraction = context.unit.arguments["fraction"]
+    parts = [_sampled(context, COMPARED, "embedding", path, fraction)[::2] for path in _test_shards(context, COMPARED)]
+    ids_M16, part_M = (np.concatenate(each) for each in zip(*parts, strict=True))
+    found = [_sampled(context, system, described["column"], path, fraction) for path in _test_shards(context, system)]
+    ids_N16, vectors_ND, experts_N = (np.concatenate(each) for each in zip(*found, strict=True))
+    if described["shared"]:
+        model = load_shared_decoder(context.input(f"{system}:decoder-0000"))
+        with torch.inference_mode():
+            vectors_ND = model.align(torch.from_numpy(vectors_ND), torch.from_numpy(experts_N)).numpy()
+    order_M = order_of_distinct(ids_M16)
+    own_N = part_M[order_M][np.searchsorted(sortable(ids_M16[order_M]), sortable(ids_N16))]
+    labels = labels_of(context.input("vocabulary"), ids_N16, split="test")
+    points = Points.of(ids_N16, vectors_ND, own_N, labels)
+    return replicated_shares(points, config.bootstrap_replicates, BOOTSTRAP_SEED)
+
+
+def _test_shards(context: UnitContext, system: str) -> list[str]:
+    return context.input(f"{system}:embeddings").files("split=test/")
+
+
+def _sampled(
+    context: UnitContext, system: str, column: str, path: str, fraction: float
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
+    """As `_read`, of the images whose hash falls under the sample's share."""
+    ids_N16, features_ND, experts_N = _read(context, system, column, path)
+    kept_N = hash_fractions(ids_N16, BOOTSTRAP_SEED, "retrieval") < fraction
+    return ids_N16[kept_N], features_ND[kept_N], experts_N[kept_N]
 
 
 def _rows(labels: Labels, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -126,7 +211,7 @@ def _rows(labels: Labels, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.in
 
 def _average_precision(context: UnitContext) -> Json:
     """The value in every row of the bootstrap, or the reason why there is none."""
-    config, seed = context.stage.section(EvaluationConfig, "evaluation"), context.stage.config["seed"]
+    config = context.stage.section(EvaluationConfig, "evaluation")
     parts = []
     for paths in context.unit.arguments["parts"]:
         facts = json.loads(context.storage.read_bytes(paths["facts"]))
@@ -138,7 +223,7 @@ def _average_precision(context: UnitContext) -> Json:
     scores = merged(parts)
     if scores.null_reason is not None:
         return {"reason": scores.null_reason}
-    return {"values": scores.values(config.map_replicates, seed).tolist()}
+    return {"values": scores.values(config.map_replicates, BOOTSTRAP_SEED).tolist()}
 
 
 def _merged_sums(storage: Storage, completions: Sequence[Completion]) -> RankingSums:
@@ -152,6 +237,20 @@ def _merged_sums(storage: Storage, completions: Sequence[Completion]) -> Ranking
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def _breakdown(storage: Storage, completions: Sequence[Completion]) -> Breakdown:
+    arrays = [load_arrays(storage, done.scratch["sums"]) for done in completions]
+    bins_C3, bands_F2 = (np.sum([each[name] for each in arrays], axis=0) for name in ("bins", "bands"))
+    return Breakdown(bins_C3, bands_F2)
+
+
+def _replicates(sums: Sequence[RankingSums]) -> bytes:
+    """Every ranking metric of every system in every row of the bootstrap, as an array file [systems, metrics, R]: by it runs are
+    compared that differ in seed or recipe; their test images weigh the same in each row."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([[total.values(metric) for metric in METRICS] for total in sums]), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _check(sums: Mapping[str, RankingSums]) -> None:

@@ -14,12 +14,22 @@ EXTRA_COPIES = "extra_copies"
 
 MATCHES = "matches"
 """Role in which an expert reads which one of another run it starts from."""
+BEFORE, HELD = "before", "held"
+"""Roles in which an expert that goes on reads what it was before, and the alignment and decoder that it is trained against."""
+ROUND = "round"
+"""Key of a stage's config: which time the expert goes on, from 1."""
 START = "start"
 """Key of a stage's config: the identity of what its network starts from, where that lies outside the root."""
 
 
 def expert_stage(
-    config: ExpertsConfig, expert: int, seed: int, partition: str = "partition", place: str = "experts", start: Json = None
+    config: ExpertsConfig,
+    expert: int,
+    seed: int,
+    partition: str = "partition",
+    place: str = "experts",
+    start: Json = None,
+    matches: str | None = None,
 ) -> Stage:
     """One expert: a network trained on one part of a partition.
 
@@ -30,9 +40,24 @@ def expert_stage(
         partition: name of the partition.
         place: directory of the experts.
         start: the identity of what `experts.init` names outside the root; None where it names nothing.
+        matches: artifact that says which of another run's experts they start from; None where they do not.
     """
     stage = _network_stage(f"{place}/{expert_name(expert)}", config, seed, expert, partition, start)
-    return stage if config.init_root is None else replace(stage, inputs={**stage.inputs, MATCHES: match_name(place)})
+    return stage if matches is None else replace(stage, inputs={**stage.inputs, MATCHES: matches})
+
+
+def further_stage(stage: Stage, number: int, before: str, held: str) -> Stage:
+    """An expert that goes on against a decoder that is held.
+
+    Args:
+        stage: from `expert_stage`, with the epochs of this round; what its `init` names is not read.
+        number: which round, from 1.
+        before: the expert's artifact before it.
+        held: the shared decoder that was fitted to it.
+    """
+    inputs = {role: name for role, name in stage.inputs.items() if role != MATCHES}
+    config = {key: value for key, value in stage.config.items() if key != START}
+    return replace(stage, config={**config, ROUND: number}, inputs={**inputs, BEFORE: before, HELD: held})
 
 
 def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None, start: Json = None) -> Stage:

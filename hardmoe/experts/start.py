@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hardmoe.artifacts.other_run import OtherRun
@@ -11,8 +12,9 @@ from hardmoe.data.reading import tag_names
 from hardmoe.errors import RecipeError
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.experts.origin import KEY
-from hardmoe.experts.stages import MATCHES, START
+from hardmoe.experts.stages import BEFORE, HELD, MATCHES, ROUND, START
 from hardmoe.hashing import derive_seed
+from hardmoe.models.shared_decoder import load_shared_decoder
 from hardmoe.stage import UnitContext
 from hardmoe.training.network import Architecture, Start, architecture_of, build_network, load_weights
 from hardmoe.training.pretrained import fitting_weights, read_weights, translated_decoder
@@ -38,6 +40,8 @@ def start_of(context: UnitContext, config: ExpertsConfig, architecture: Architec
         DataError: a file of weights cannot be read, or is not what it was.
     """
     trunk, origin = context.input("trunk"), context.stage.config.get(START)
+    if ROUND in context.stage.config:
+        return _against_held(context, config)
     if config.init == "trunk" and architecture != architecture_of(trunk):
         raise RecipeError(
             f"experts.init is 'trunk', but experts.backbone '{config.backbone}' is another network than the trunk's "
@@ -56,6 +60,23 @@ def start_of(context: UnitContext, config: ExpertsConfig, architecture: Architec
     check_decoder_fits(architecture.backbone, width, trunk.payload["num_features"])
     decoder = {name: tensor for name, tensor in load_weights(trunk).items() if name.startswith("decoder.")}
     return Start({**weights, **decoder}, holds_decoder=True, holds_until=config.shared_stage)
+
+
+def _against_held(context: UnitContext, config: ExpertsConfig) -> Start:
+    """Where the expert was before, its decoder replaced by its own alignment and the shared decoder, as one layer, and held.
+
+    Of z = A h + b and logits = D z + d that layer is D A and D b + d, from where the alignment sends zero and the unit vectors.
+    """
+    weights, shared = load_weights(context.input(BEFORE)), load_shared_decoder(context.input(HELD))
+    width = weights["decoder.weight"].shape[1]
+    probes_PE = torch.cat([torch.zeros(1, width), torch.eye(width)])
+    with torch.inference_mode():
+        sent_PZ = shared.align(probes_PE, torch.full((len(probes_PE),), context.stage.config["expert"])).double()
+        decoder_VZ, bias_V = shared.decoder.weight.double(), shared.decoder.bias.double()
+        layer_VE = decoder_VZ @ (sent_PZ[1:] - sent_PZ[0]).T
+        offset_V = decoder_VZ @ sent_PZ[0] + bias_V
+    held = {"decoder.weight": layer_VE.float().clone(), "decoder.bias": offset_V.float().clone()}
+    return Start({**weights, **held}, holds_decoder=True, holds_until=config.shared_stage)
 
 
 def _from_file(place: str, architecture: Architecture, origin: Json) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from hardmoe.config import Json
 from hardmoe.data.reading import num_tags, open_examples
 from hardmoe.experts.config import ExpertsConfig
-from hardmoe.experts.stages import EXTRA_COPIES
+from hardmoe.experts.stages import EXTRA_COPIES, ROUND
 from hardmoe.experts.start import expert_architecture, start_of
 from hardmoe.hashing import derive_seed
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
@@ -33,6 +33,8 @@ class ExpertWork:
         config = context.stage.section(ExpertsConfig, "experts")
         trunk, vocabulary = context.input("trunk"), context.input("vocabulary")
         architecture = expert_architecture(config, architecture_of(trunk), num_tags(vocabulary))
+        # Where it goes on, its images come in another order than before.
+        order = ("round", number) if (number := context.stage.config.get(ROUND)) else ()
         job = NetworkJob(
             architecture=architecture,
             examples=open_examples(context, "examples"),
@@ -40,7 +42,7 @@ class ExpertWork:
             vocabulary=vocabulary,
             config=config,
             # The dense baseline is seeded like expert 0, so that a mixture of one is the dense baseline to the bit.
-            seed=derive_seed(context.stage.config["seed"], "expert", context.stage.config["expert"] or 0),
+            seed=derive_seed(context.stage.config["seed"], "expert", context.stage.config["expert"] or 0, *order),
             start=start_of(context, config, architecture),
             teacher=Teacher(load_network(trunk), config.distill) if config.distill.weight else None,
             as_often_as_in=context.input(EXTRA_COPIES) if EXTRA_COPIES in context.stage.inputs else None,

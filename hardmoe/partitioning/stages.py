@@ -33,7 +33,7 @@ def router_stage(config: PartitionConfig, seed: int) -> Stage:
     return Stage(
         name="router",
         kind="router",
-        version=4,
+        version=5,
         config={"partition": fitted, "seed": seed},
         inputs={"features": "features"},
         work="hardmoe.partitioning.fit:RouterWork",

@@ -7,8 +7,9 @@ What passes over n rows converge to lies about K / n of the objective above what
 by its cluster's variance over n / K rows), so the last rung's 1,024 rows per cluster leave a tenth of a per cent, for a pass or
 two over all rows. A start costs little on few rows, and where clusters are few, eight of them are what it takes not to be
 unlucky. The rungs are tenfold cheaper than the passes over everything that they save: on 1 M x 256 without any clusters
-twenty such passes are left as one to three (`tests/benchmarks/kmeans.py`). A rung ends at a finer tolerance than a pass lowers
-the objective by on a plateau, where Lloyd's descent is slow and steady.
+twenty such passes are left as one to three (`tests/benchmarks/kmeans.py`). On a plateau Lloyd's descent is slow and steady, so
+the passes of a rung have momentum: of 1 M x 256 without any clusters at K = 256 the rungs took 28 passes to a tolerance of 2e-4
+without, and 18 to 5e-4 with it, which leave fewer passes over all rows (2.3 and 1.3 in the mean of three seeds).
 
 The rows are those with the smallest hashes, the same however they are sharded or ordered, and a rung's are among the next one's.
 
@@ -25,14 +26,18 @@ from numpy.typing import NDArray
 
 from hardmoe.errors import DataError
 from hardmoe.hashing import derive_seed, hash_ids
-from hardmoe.partitioning.kmeans import KMeansFit, Mapper, refine_with, scan_in_memory
+from hardmoe.neighbours.assignment import sum_of_squares
+from hardmoe.partitioning.kmeans import KMeansFit, Mapper, PassSums, has_converged, refine_with, scan_in_memory, update
 from hardmoe.partitioning.seeding import seed_centroids
 
 _LEAST_ROWS = 2**10
 _ROWS_PER_CLUSTER, _SEED_ROWS_PER_CLUSTER = 64, 16
 _GROWTH, _RUNGS = 4, 3
 _START_PASSES, _START_TOLERANCE = 25, 5e-4
-_RUNG_PASSES, _RUNG_TOLERANCE = 60, 2e-4
+_RUNG_PASSES, _RUNG_TOLERANCE = 60, 5e-4
+_MOMENTUM = 0.85
+_SHORTEST = 2.0**-60
+"""Of a centroid to be scaled to length 1; a shorter one has no direction."""
 _BATCH_ROWS = 2**13
 
 
@@ -118,7 +123,7 @@ class Ladder:
         features_SD, ids_S16 = self._rung(self._rungs[-1])
         for count in self._rungs[1:]:
             scan_rung = scan_in_memory(features_SD[:count], ids_S16[:count], min(_BATCH_ROWS, count // _GROWTH), run)
-            fit = refine_with(scan_rung, start_KD, _RUNG_PASSES, _RUNG_TOLERANCE, self._spherical)
+            fit = refine_with_momentum(scan_rung, start_KD, _RUNG_PASSES, _RUNG_TOLERANCE, self._spherical)
             start_KD = fit.centroids_KD
             if count >= len(ids_S16):
                 break
@@ -128,3 +133,46 @@ class Ladder:
 def best_start(starts: Sequence[KMeansFit]) -> KMeansFit:
     """The one with the smallest objective; of equal ones the first."""
     return min(starts, key=lambda start: start.objective_per_pass[-1])
+
+
+def refine_with_momentum(
+    scan: Callable[[NDArray[np.float32]], PassSums],
+    centroids_KD: NDArray[np.float32],
+    max_passes: int,
+    tolerance: float,
+    spherical: bool = False,
+) -> KMeansFit:
+    """Lloyd's passes that do not stop at the means: each goes on by a share of what they moved (Nesterov 1983).
+
+    Where going on raised the objective, the next pass starts at the best means there were, from rest. What is returned are means,
+    those of the pass with the smallest objective. Arguments as of `kmeans.refine_with`.
+    """
+    objectives: list[float] = []
+    best: float | None = None
+    best_KD, last_KD = centroids_KD, None
+    for _ in range(max_passes):
+        found = scan(centroids_KD)
+        objective = found.sums.objective
+        objectives.append(objective)
+        if best is not None and objective > best:
+            if last_KD is None:  # a pass of Lloyd's own: what is left to be won is less than rounding
+                return KMeansFit(best_KD, objectives, [], True, found.sums.counts_K)
+            centroids_KD, last_KD = best_KD, None
+            continue
+        moved = update(found, centroids_KD, spherical)
+        if has_converged(best, objective, tolerance) and not moved.reseeded:
+            return KMeansFit(moved.centroids_KD, objectives, [], True, found.sums.counts_K)
+        best, best_KD = objective, moved.centroids_KD
+        centroids_KD = best_KD
+        if last_KD is not None and not moved.reseeded:
+            centroids_KD = _further(best_KD, last_KD, spherical)
+        last_KD = best_KD
+    return KMeansFit(best_KD, objectives, [], False, found.sums.counts_K)
+
+
+def _further(means_KD: NDArray[np.float32], last_KD: NDArray[np.float32], spherical: bool) -> NDArray[np.float32]:
+    """Beyond the means, away from those of the pass before."""
+    ahead_KD = means_KD + _MOMENTUM * (means_KD.astype(np.float64) - last_KD)
+    if spherical:
+        ahead_KD /= np.maximum(np.sqrt(sum_of_squares(ahead_KD.copy())), _SHORTEST)[:, None]
+    return ahead_KD.astype(np.float32)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hardmoe.artifacts.names import ROUNDS
 from hardmoe.config import Json
 from hardmoe.data.agreement import tag_information
 from hardmoe.data.ids import sortable
@@ -107,7 +108,8 @@ def _dataset_facts(context: Context) -> DatasetFacts:
 def _metrics(context: Context) -> Metrics:
     evaluation = context.input("evaluation")
     body: Metrics = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))
-    return {key: body[key] for key in ("systems", "num_test_examples", "differences")}  # type: ignore[return-value]
+    keys = ("systems", "num_test_examples", "differences", "breakdown", "costs", "retrieval", "retrieval_differences")
+    return {key: body[key] for key in keys if key in body}  # type: ignore[return-value, literal-required]
 
 
 def _router(context: Context) -> RouterFit:
@@ -186,13 +188,20 @@ def _networks(context: Context) -> list[Network]:
 def _curves(context: Context) -> dict[str, list[CurvePoint]]:
     curves = {}
     for name in context.stage.inputs:
-        if name.startswith("baselines/random/experts/"):
+        if name.startswith(("baselines/random/experts/", "baselines/random/rounds/", ROUNDS)):
             continue  # the control's decoder has its curve; as many more lines again would hide the experts' own
         artifact = context.input(name)
         for path in artifact.files("metrics.jsonl"):
             rows = [json.loads(line) for line in artifact.storage.read_bytes(path).decode().splitlines()]
-            curves[name.removeprefix("experts/").removeprefix("baselines/")] = _merged_rows(rows)
+            curves[curve_name(name)] = _merged_rows(rows)
     return curves
+
+
+def curve_name(artifact: str) -> str:
+    """What a network's or a decoder's curve is called, by its artifact."""
+    for place in ("experts/", "baselines/", "rivals/"):
+        artifact = artifact.removeprefix(place)
+    return artifact.removesuffix("/network")
 
 
 def _merged_rows(rows: Sequence[dict[str, Any]]) -> list[CurvePoint]:

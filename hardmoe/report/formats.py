@@ -30,3 +30,15 @@ def format_duration(seconds: float) -> str:
 def format_time(iso: str) -> str:
     """An ISO time to the minute, with its zone where it names one."""
     return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M %Z").strip()
+
+
+_PREFIXES = ("", " k", " M", " G", " T", " P", " E")
+
+
+def format_large(value: float) -> str:
+    """A count to three digits with its prefix, `1_083_000` -> `1.08 M`."""
+    power = 0
+    while abs(value) >= 999.5 and power < len(_PREFIXES) - 1:
+        value, power = value / 1000, power + 1
+    digits = 0 if power == 0 or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f}{_PREFIXES[power]}"

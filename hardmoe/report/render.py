@@ -18,12 +18,25 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hardmoe.artifacts.names import DENSE, expert_name
+from hardmoe.artifacts.names import DENSE, expert_name, is_of_the_mixture
 from hardmoe.report import charts
 from hardmoe.report.charts import Bar, Captions, Interval, Series
-from hardmoe.report.formats import format_count, format_duration, format_percent, format_points, format_time
+from hardmoe.report.collect import curve_name
+from hardmoe.report.formats import format_count, format_duration, format_large, format_percent, format_points, format_time
 from hardmoe.report.parts import describe_partition, distance_chart, fit_chart
-from hardmoe.report.schema import CurvePoint, Exemplar, Metric, Network, Part, ReportData, ReportProvenance, StageTime
+from hardmoe.report.schema import (
+    Breakdown,
+    Cost,
+    CurvePoint,
+    Exemplar,
+    FrequencyBand,
+    Metric,
+    Network,
+    Part,
+    ReportData,
+    ReportProvenance,
+    StageTime,
+)
 
 SYSTEMS = {
     "trunk": "the first network, alone",
@@ -32,6 +45,8 @@ SYSTEMS = {
     "experts_own_decoder": "experts, each with its own decoder",
     "mixture": "experts, one decoder shared by all",
     "mixture_topk": "several of the nearest experts, mixed",
+    "best_single_expert": "one expert for all images, chosen on validation",
+    "oracle_expert": "the best expert of each image, told by its tags",
     "random_partition": "mixture over randomly drawn parts",
 }
 METRICS = {
@@ -42,6 +57,11 @@ METRICS = {
     "hit@1": "share of images with a right tag at rank 1",
     "hit@5": "share of images with a right tag among the first 5",
     "map": "mean over tags of the average precision",
+}
+NEIGHBOURS = {
+    "neighbours@10:all": "among all test images",
+    "neighbours@10:own": "among those of the image's own part",
+    "neighbours@10:other": "among those of other parts",
 }
 MIXTURE, CONTROL = "mixture", "dense_refit"
 COMPARISON = f"{MIXTURE} - {CONTROL}"
@@ -116,7 +136,7 @@ def write_headline(data: ReportData) -> Headline:
 def _dense_cost(networks: Sequence[Network]) -> str:
     """What the dense baseline saw beside the experts, who may have stopped early or repeated more images."""
     dense = sum(network["examples_seen"] for network in networks if network["name"] == DENSE)
-    experts = sum(network["examples_seen"] for network in networks if network["name"].startswith("experts/"))
+    experts = sum(network["examples_seen"] for network in networks if is_of_the_mixture(network["name"]))
     if dense == experts:
         return "as many images in total"
     return f"{format_count(dense)} images in total where the experts together saw {format_count(experts)}"
@@ -154,6 +174,29 @@ def metric_table(data: ReportData) -> dict[str, Any]:
             missing.setdefault(f"{name}: {reason}", []).append(system)
     rows = [(system, SYSTEMS.get(system, ""), systems[system]) for system in _ordered(systems, SYSTEMS)]
     return {"names": names, "rows": rows, "best": best, "missing": {key: sorted(value) for key, value in sorted(missing.items())}}
+
+
+def breakdown_rows(data: ReportData) -> tuple[list[FrequencyBand], list[tuple[str, Breakdown]]]:
+    """The bands of hashtags, which are the same for all systems, and the systems with theirs."""
+    found = data["metrics"].get("breakdown", {})
+    bands = next(iter(found.values()))["frequency_bands"] if found else []
+    return bands, [(system, found[system]) for system in _ordered(found, SYSTEMS)]
+
+
+def cost_rows(data: ReportData) -> list[tuple[str, Cost, float | None]]:
+    """Systems with their costs, and the operations of their training as a multiple of the control's."""
+    costs = data["metrics"].get("costs", {})
+    control = costs.get(CONTROL)
+    return [
+        (system, costs[system], costs[system]["training_flops"] / control["training_flops"] if control else None)
+        for system in _ordered(costs, SYSTEMS)
+    ]
+
+
+def retrieval_rows(data: ReportData) -> list[tuple[str, Mapping[str, Metric], Mapping[str, Metric]]]:
+    """Systems with the shares of right neighbours in their spaces, and what the mixture's are above them."""
+    shares, differences = data["metrics"].get("retrieval", {}), data["metrics"].get("retrieval_differences", {})
+    return [(name, shares[name], differences.get(f"{MIXTURE} - {name}", {})) for name in _ordered(shares, SYSTEMS)]
 
 
 def _system_chart(data: ReportData) -> Markup | None:
@@ -224,10 +267,11 @@ def curve_charts(data: ReportData) -> list[tuple[str, Markup]]:
     """Captions and charts of the training curves; those without points are left out."""
     curves = data["curves"]
     experts = sorted(name for name in curves if _EXPERT.match(name))
-    shown: list[str] = [name for name in ("trunk", "dense") if name in curves]
+    networks = {curve_name(network["name"]) for network in data["networks"]} - set(experts)
+    shown: list[str] = [name for name in _ordered({"trunk", "dense", *networks}, SYSTEMS) if name in curves]
     others = sorted(set(curves) - set(experts) - set(shown))
     groups: list[tuple[str, str, list[str]]] = [
-        ("networks", " and ".join(shown).capitalize(), shown),
+        ("networks", " and ".join(shown).capitalize() if len(shown) < 3 else "Networks of all images", shown),
         ("experts", f"The {len(experts)} experts", experts),
         ("decoders", "Decoder" if others == ["decoder"] else "Decoders", others),
     ]
@@ -298,7 +342,8 @@ def page_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("hardmoe.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    formats = (format_percent, format_points, format_count, format_duration, format_time, expert_name, image_title, image_uri)
+    numbers = (format_percent, format_points, format_count, format_large, format_duration, format_time)
+    formats = (*numbers, expert_name, image_title, image_uri)
     environment.filters.update({function.__name__.removeprefix("format_"): function for function in formats})
     environment.tests["known"] = lambda metric: metric is not None and metric["value"] is not None
     return environment
@@ -327,6 +372,10 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             headline=write_headline(data),
             table=metric_table(data),
             metric_meanings=METRICS,
+            breakdown=breakdown_rows(data),
+            costs=cost_rows(data),
+            retrieval=retrieval_rows(data),
+            neighbours=NEIGHBOURS,
             comparisons=sorted(data["metrics"]["differences"].items(), key=lambda item: (item[0] != COMPARISON, item[0])),
             verdict=_verdict,
             forest=[chart for chart in (_system_chart(data), _difference_chart(data)) if chart],

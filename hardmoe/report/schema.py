@@ -18,12 +18,41 @@ class Metric(TypedDict):
     reason: NotRequired[str | None]
 
 
+class Cost(TypedDict):
+    """What a system takes: operations are floating-point ones, `flops` those of one image in use."""
+
+    parameters: int
+    active_parameters: int
+    flops: int
+    images_seen: int
+    training_flops: int
+
+
+FrequencyBand = TypedDict("FrequencyBand", {"tags": int, "labels": int, "recall@10": float | None})
+"""Hashtags that together have a fifth of all training labels."""
+
+
+class Breakdown(TypedDict):
+    """Where a system is right; `bins` has what its calibration error is computed from."""
+
+    calibration_error: float
+    bins: list[Any]
+    frequency_bands: list[FrequencyBand]
+
+
 class Metrics(TypedDict):
-    """Metrics by system and by name, and the paired differences, keyed `"mixture - dense_refit"`."""
+    """Metrics by system and by name, and the paired differences, keyed `"mixture - dense_refit"`.
+
+    `retrieval` has the shares of right neighbours in the systems' spaces, keyed `"neighbours@10:other"`.
+    """
 
     systems: dict[str, dict[str, Metric]]
     num_test_examples: int
     differences: dict[str, dict[str, Metric]]
+    breakdown: NotRequired[dict[str, Breakdown]]
+    costs: NotRequired[dict[str, Cost]]
+    retrieval: NotRequired[dict[str, dict[str, Metric]]]
+    retrieval_differences: NotRequired[dict[str, dict[str, Metric]]]
 
 
 class Sizes(TypedDict):

@@ -1,13 +1,13 @@
-"""Declaration of the `trunk` stage."""
+"""Declaration of the `trunk` stage: a network that is trained on all examples from fresh weights."""
 
 from hardmoe.stage import Resources, Stage
 from hardmoe.trunk.config import TrunkConfig
 
 
-def trunk_stage(config: TrunkConfig, seed: int) -> Stage:
-    """One network trained on everything."""
+def trunk_stage(config: TrunkConfig, seed: int, name: str = "trunk") -> Stage:
+    """One network trained on everything: the run's trunk, or under another name a rival of its mixture."""
     return Stage(
-        name="trunk",
+        name=name,
         kind="trunk",
         version=3,
         config={"trunk": config.identity(), "seed": seed},

@@ -15,7 +15,7 @@ class TrunkWork:
 
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
         """A single unit."""
-        (done,) = yield Phase("train", [Unit("trunk")])
+        (done,) = yield Phase("train", [Unit(context.stage.name.rpartition("/")[2])])
         return Finished(done.payload)
 
     def run(self, context: UnitContext) -> Json:

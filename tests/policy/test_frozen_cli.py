@@ -22,6 +22,7 @@ COMMANDS: dict[str, set[str]] = {
     "evaluate": BUILD,
     "report": BUILD,
     "run": BUILD | {"--dry-run"},
+    "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address", "--debug"},
     "status": RECIPE | {"--json", "--watch"},
     "logs": RECIPE | {"NAME", "--failed"},
     "show": RECIPE | {"NAME", "--json"},

@@ -12,10 +12,13 @@ from iconify_layout import LEFT_HALF, write_package
 from support import hardmoe, snapshot
 from yfcc_layout import write_yfcc
 
+from hardmoe.cli.study import read_study
 from hardmoe.config import Config
 from hardmoe.recipe import Recipe, load_recipe
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
+STUDIES = {path for path in PIPELINES.rglob("*.yaml") if "\nlines:" in path.read_text()}
+RECIPES = sorted({*PIPELINES.rglob("*.yaml")} - STUDIES)
 
 IDENTITY = """
     dataset.source dataset.image_column dataset.tags_column dataset.id_column dataset.split_column
@@ -43,8 +46,10 @@ IDENTITY = """
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
     decoder.epochs decoder.align decoder.rank decoder.dim decoder.temperature decoder.loss decoder.classes decoder.sampled_tags
+    decoder.rounds decoder.round_epochs
     decoder.batch_size decoder.learning_rate decoder.weight_decay
-    evaluation.dense_baseline evaluation.random_partition evaluation.top_k
+    evaluation.dense_baseline evaluation.random_partition evaluation.top_k evaluation.all_experts evaluation.rivals
+    evaluation.retrieval_sample
     evaluation.bootstrap_replicates evaluation.map_replicates
     seed
 """
@@ -64,7 +69,12 @@ ADDED = {
     "experts.distill.weight": 0.0,
     "experts.distill.temperature": 1.0,
     "evaluation.top_k": None,
+    "evaluation.all_experts": False,
+    "evaluation.rivals": {},
+    "evaluation.retrieval_sample": 20_000,
     "decoder.rank": 8,
+    "decoder.rounds": 0,
+    "decoder.round_epochs": 1,
     "decoder.temperature": None,
     "decoder.loss": "softmax",
     "decoder.classes": "full",
@@ -188,13 +198,13 @@ def test_written_recipe_is_the_default_recipe(tmp_path: Path) -> None:
 
 def _collect(project: Path, recipe: Path) -> None:
     """Put a small collection where the recipe looks for its large one; `photos/` is there already."""
-    if recipe.name in ("icons390k.yaml", "experts_study.yaml"):
+    if recipe.name.startswith("icons390k"):
         write_package(project / "data" / "iconify" / "package", {"s": {"icons": {"half": {"body": LEFT_HALF}}}})
     elif recipe.name == "yfcc100m.yaml":
         write_yfcc(project / "data" / "yfcc100m", project / "images", num_images=3)
 
 
-@pytest.mark.parametrize("recipe", sorted(PIPELINES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_shipped_recipe_dry_runs_and_builds_nothing(project: Path, recipe: Path) -> None:
     _collect(project, recipe)
     before = snapshot(project)
@@ -208,9 +218,17 @@ def test_shipped_recipe_dry_runs_and_builds_nothing(project: Path, recipe: Path)
     assert all(path.endswith("/_progress/inventory.json") for path in new), new
 
 
-@pytest.mark.parametrize("recipe", sorted(PIPELINES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", [*RECIPES, *sorted(STUDIES)], ids=lambda path: path.name)
 def test_shipped_recipe_says_its_command_and_stands_in_the_table(recipe: Path) -> None:
     head = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any("Command:" in line for line in head), "a recipe states its command in its head"
-    assert f"`{recipe.name}`" in (PIPELINES / "README.md").read_text()
-    assert load_recipe(recipe).root.startswith("runs/"), "a shipped recipe writes below runs/, which git ignores"
+    assert f"`{recipe.relative_to(PIPELINES)}`" in (PIPELINES / "README.md").read_text()
+    root = read_study(recipe)[0].root if recipe in STUDIES else load_recipe(recipe).root
+    assert root.startswith("runs/"), "a shipped recipe writes below runs/, which git ignores"
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES), ids=lambda path: path.name)
+def test_every_line_of_a_shipped_study_is_a_recipe(study: Path) -> None:
+    config, runs = read_study(study)
+    for run in runs:
+        assert load_recipe(study.parent / config.recipe, run.overrides).root == run.root

@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "hardmoe"
 
 FAMILIES = {"trunk", "features", "partitioning", "experts", "decoder", "evaluation", "report"}
 LAYERS = [
-    {"__init__", "config", "errors", "storage", "hashing", "arrays"},
+    {"__init__", "config", "errors", "storage", "hashing", "arrays", "yaml_files"},
     {"artifacts", "stage", "tables"},
     {"data", "models", "training", "neighbours"},
     FAMILIES,

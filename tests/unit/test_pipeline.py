@@ -10,6 +10,7 @@ import pytest
 
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.errors import DataError
+from hardmoe.experts.origin import Origin
 from hardmoe.partitioning.config import default_starts
 from hardmoe.pipeline import ExternalInputs, build_stages, identify_inputs
 from hardmoe.recipe import parse_recipe
@@ -100,6 +101,27 @@ def test_copies_for_further_experts_change_neither_the_router_nor_anything_befor
             assert stages[name] == plain[name], name
         assert stages["partition"].config == {"partition": {"experts": 4, "method": "kmeans", **extra}, "seed": 0}
     assert plain["partition"].config == {"partition": {"experts": 4, "method": "kmeans"}, "seed": 0}
+
+
+def test_rounds_share_the_epochs_out_and_leave_everything_else_as_it_is() -> None:
+    recipe = {"experts": {"epochs": 7}, "partition": {"experts": 2}}
+    plain, stages = stages_of(**recipe), stages_of(**recipe, decoder={"rounds": 2, "round_epochs": 3})
+    experts = [f"{place}/expert-0001" for place in ("rounds/0/experts", "rounds/1/experts", "experts")]
+    assert [stages[name].config["experts"]["epochs"] for name in experts] == [1, 3, 3]
+    assert [stages[name].config.get("round") for name in experts] == [None, 1, 2]
+    assert stages[experts[1]].inputs["before"] == experts[0]
+    assert stages[experts[2]].inputs["held"] == "rounds/1/decoder"
+    same = {name for name in plain if stages[name] == plain[name]}
+    assert same == plain.keys() - {"experts/expert-0000", "experts/expert-0001", "evaluation", "report"}
+
+
+def test_rounds_of_experts_that_start_from_another_runs_are_matched_once() -> None:
+    external = ExternalInputs("", origin=Origin({"run": "x"}, {"run": "x"}))
+    recipe = {"experts": {"epochs": 3, "init": "run:elsewhere"}, "partition": {"experts": 2}}
+    stages = stages_of(external, **recipe, decoder={"rounds": 1})
+    assert stages["rounds/0/experts/expert-0000"].inputs["matches"] == "matches"
+    assert "matches" not in stages["experts/expert-0000"].inputs
+    assert "start" not in stages["experts/expert-0000"].config
 
 
 @pytest.mark.parametrize("extra", [{"overlap": 1.0}, {"out_of_part_fraction": 0.02}])

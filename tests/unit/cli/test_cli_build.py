@@ -23,7 +23,12 @@ def test_metrics_without_an_interval_are_printed_without_one(tmp_path: Path, cap
     """
     result = interval_result(np.array([0.5, np.nan]))
     metrics = dict.fromkeys((*METRICS, "map"), result)
-    body = {"systems": {"mixture": metrics}, "differences": {"mixture - dense_refit": metrics}, "num_test_examples": 1}
+    body = {
+        "systems": {"mixture": metrics},
+        "differences": {"mixture - dense_refit": metrics},
+        "num_test_examples": 1,
+        "costs": {},
+    }
     storage = LocalStorage(tmp_path)
     storage.write_bytes("evaluation/metrics.json", json.dumps(body).encode())
     evaluation = Artifact("evaluation", Record("evaluation", 1, "", {}, {}, []), storage)

@@ -1,10 +1,18 @@
 """The Poisson bootstrap: its law, its independence of sharding, and its intervals."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy.stats import poisson
 
-from hardmoe.evaluation.bootstrap import interval_result, paired_result, percentile_interval, poisson_weights
+from hardmoe.evaluation.bootstrap import (
+    hierarchical_result,
+    interval_result,
+    paired_result,
+    percentile_interval,
+    poisson_weights,
+)
 
 
 def random_ids(num_examples: int, seed: int = 0) -> np.ndarray:
@@ -87,3 +95,15 @@ def test_paired_result_of_correlated_systems_is_narrow():
     assert result == {"value": pytest.approx(0.1), "low": pytest.approx(0.1), "high": pytest.approx(0.1)}
     with pytest.raises(ValueError, match="replicates"):
         paired_result(np.zeros(3), np.zeros(4))
+
+
+def test_hierarchical_interval_of_one_run_is_its_own_and_of_several_covers_their_spread() -> None:
+    rng = np.random.default_rng(0)
+    values_R = 0.5 + 0.01 * rng.normal(size=1001)
+    assert hierarchical_result(values_R[None]) == interval_result(values_R)
+    # Runs that differ by far more than test images do: a mean of three of {0.3, 0.5, 0.7}, drawn with replacement.
+    runs_SR = np.array([0.3, 0.5, 0.7])[:, None] + 1e-6 * rng.normal(size=(3, 4001))
+    found = hierarchical_result(runs_SR)
+    assert found["value"] == pytest.approx(0.5, abs=1e-5)
+    means = [np.mean(drawn) for drawn in itertools.product((0.3, 0.5, 0.7), repeat=3)]
+    assert (found["low"], found["high"]) == pytest.approx(np.quantile(means, [0.025, 0.975], method="inverted_cdf"), abs=1e-3)

@@ -21,7 +21,7 @@ from hardmoe.partitioning.config import PartitionConfig, default_starts
 from hardmoe.partitioning.in_memory import FitOptions, fit
 from hardmoe.partitioning.kmeans import PassSums, has_converged, refine, refine_with, scan_batch, update
 from hardmoe.partitioning.seeding import _SampleGrid, seed_centroids
-from hardmoe.partitioning.starting import Ladder, best_start, rung_rows
+from hardmoe.partitioning.starting import Ladder, best_start, refine_with_momentum, rung_rows
 
 ENGINE = FaissEngine()
 
@@ -246,6 +246,38 @@ def test_climbing_goes_nearer_to_the_optimum_of_all_rows_than_a_start():
     assert ends[1][0] < ends[0][0]
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_momentum_reaches_lloyds_objective_in_fewer_passes_and_returns_means(spherical):
+    saved = 0
+    for seed in range(6):
+        features, _, ids = blobs(rows=3000, spread=8.0)
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        start, scan = seed_centroids(features, ids, 16, seed), scan_all(features, ids)
+        plain = refine_with(scan, start, 40, 1e-4, spherical).objective_per_pass
+        found = refine_with_momentum(scan, start, 40, 0.0, spherical)
+        reached = next((n for n, o in enumerate(found.objective_per_pass, 1) if o <= plain[-1] * 1.001), 40)
+        saved += len(plain) - reached
+        # Means: they are no worse than the best pass, which ended with them.
+        assert scan(found.centroids_KD).sums.objective <= min(found.objective_per_pass) * (1 + 1e-9)
+        if spherical:
+            np.testing.assert_allclose(np.linalg.norm(found.centroids_KD, axis=1), 1.0, rtol=1e-6)
+    assert saved > 0
+
+
+def test_momentum_goes_back_to_the_best_means_where_it_overshot():
+    """Rows along a line that the centroids run down, and past their end."""
+    features = np.concatenate([np.linspace(0, 1, 400), np.full(2000, 1.2)])[:, None].astype(np.float32)
+    ids = random_ids(len(features))
+    scan = scan_all(features, ids)
+    found = refine_with_momentum(scan, np.array([[0.0], [0.01]], np.float32), 100, 0.0)
+    objectives = found.objective_per_pass
+    assert any(after > min(objectives[: at + 1]) for at, after in enumerate(objectives[1:])), "the test shows nothing"
+    assert found.converged
+    expected = refine_with(scan, np.array([[0.0], [0.01]], np.float32), 100, 0.0)
+    np.testing.assert_allclose(np.sort(found.centroids_KD[:, 0]), np.sort(expected.centroids_KD[:, 0]), rtol=1e-2)
+    assert scan(found.centroids_KD).sums.objective <= min(objectives) * (1 + 1e-12)
+
+
 def test_a_sample_smaller_than_a_rung_is_a_rung_itself():
     features, _, ids = blobs(rows=3000, centers=4, spread=3.0)
     ladder = Ladder(ids, features.__getitem__, 4, seed=0)
@@ -253,7 +285,8 @@ def test_a_sample_smaller_than_a_rung_is_a_rung_itself():
     assert start.counts_K.sum() == rung_rows(4)[0]
     climbed = ladder.climb(start.centroids_KD)
     assert climbed.counts_K.sum() == 3000
-    assert climbed.objective_per_pass == refine_with(scan_all(features, ids), start.centroids_KD, 60, 2e-4).objective_per_pass
+    expected = refine_with_momentum(scan_all(features, ids), start.centroids_KD, 60, 5e-4)
+    assert climbed.objective_per_pass == expected.objective_per_pass
 
 
 def test_fewer_starts_are_made_of_more_clusters():
@@ -276,8 +309,9 @@ def test_restarts_draw_other_seeds_and_the_best_is_taken():
     objectives = [start.objective_per_pass[-1] for start in starts]
     assert len(set(objectives)) > 1
     assert best_start(starts).objective_per_pass[-1] == min(objectives)
+    # The best on the first rung's rows need not be the best in the end, but is not far from it.
     one, four = (fit(features, ids, 40, 0, FitOptions(restarts=count)).objective_per_pass[-1] for count in (1, 4))
-    assert four <= one
+    assert four <= one * 1.01
 
 
 def unit_blobs(rows=1500, centers=8, dim=6, spread=0.3, seed=0):
