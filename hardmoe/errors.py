@@ -13,6 +13,7 @@
     │   └── RebuiltInputError    an input was rebuilt since, so what stands on it is stale
     ├── LeaseError               another process builds this artifact and ours lost it
     ├── PreemptedError           a unit was asked to make room, and did at a checkpoint; never reaches the user
+    ├── WorkerLostError          a process that a unit needs died under it; tried again, and never reaches the user
     ├── StoppedError             exit code 130: 'hardmoe stop' asked this run to end; running again resumes
     ├── BackendError             the execution backend cannot start or cannot ever run what is asked
     └── UnitsFailedError         exit code 3: some units failed; running again resumes
@@ -75,6 +76,10 @@ class LeaseError(HardmoeError):
 
 class PreemptedError(HardmoeError):
     """A unit was asked to make room: it has made a checkpoint, and goes on from there elsewhere or later."""
+
+
+class WorkerLostError(HardmoeError):
+    """A process that a unit needs has died under it: the machine's failing, not the data's, so the unit is tried again."""
 
 
 class StoppedError(HardmoeError):

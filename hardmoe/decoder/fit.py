@@ -31,7 +31,8 @@ from hardmoe.errors import DataError, HardmoeError
 from hardmoe.hashing import derive_seed
 from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.training.determinism import deterministic
-from hardmoe.training.loop import TrainingProgress, TrainingResult, TrainingSinks
+from hardmoe.training.loop import TrainingResult
+from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 
 logger = logging.getLogger(__name__)
 

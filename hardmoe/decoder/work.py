@@ -21,10 +21,10 @@ from hardmoe.models.shared_decoder import DECODER_FILE, DecoderForm, SharedDecod
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
 from hardmoe.training.checkpoint import Checkpoints
-from hardmoe.training.loop import TrainingSinks
 from hardmoe.training.losses import log_odds_of_shares
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.network import METRICS_FILE, load_weights, progress_teller, unit_device
+from hardmoe.training.reporting import TrainingSinks
 
 
 class DecoderWork:

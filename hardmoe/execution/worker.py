@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from hardmoe.artifacts.provenance import now
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
-from hardmoe.errors import HardmoeError, PreemptedError, StorageError
+from hardmoe.errors import HardmoeError, PreemptedError, StorageError, WorkerLostError
 from hardmoe.execution.stopping import StopRequests, UnitStop
 from hardmoe.execution.task import StoredCompletion, UnitOutcome, UnitTask, load_completion, parse_completion
 from hardmoe.stage import Completion, FileEntry, Stage, Unit, load_work
@@ -144,6 +144,9 @@ def _execute(task: UnitTask, context: RunningUnit) -> UnitOutcome:
         logger.info("%s", error)
         context.say_preempted(str(error))
         return UnitOutcome(task, infrastructure=str(error), host=socket.gethostname(), preempted=True)
+    except WorkerLostError as error:
+        logger.error("%s", error)
+        return UnitOutcome(task, infrastructure=str(error), host=socket.gethostname())
     except HardmoeError as error:
         logger.error("%s", error)
         return _failed(task, str(error))

@@ -7,6 +7,7 @@ from hardmoe.artifacts.names import DENSE, expert_name
 from hardmoe.config import Json
 from hardmoe.experts.config import ExpertsConfig
 from hardmoe.stage import Resources, Stage
+from hardmoe.training.config import training_resources
 
 EXTRA_COPIES = "extra_copies"
 """Role in which the dense baseline reads a partition whose experts train on copies of other parts' examples."""
@@ -92,7 +93,7 @@ def _network_stage(name: str, config: ExpertsConfig, seed: int, expert: int | No
         operational={"experts": config.operational_values()},
         inputs={"examples": examples, "vocabulary": "vocabulary", "trunk": "trunk"},
         work="hardmoe.experts.train:ExpertWork",
-        resources=Resources(config.num_threads, None if config.gpus == "auto" else config.gpus),
+        resources=training_resources(config.num_threads, config.gpus),
     )
 
 

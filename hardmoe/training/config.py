@@ -5,14 +5,35 @@ that are there already (`momentum` is the first beta of Adam). Rejected: a secti
 comparison of two of them a change of structure.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from hardmoe.config import Config, added, operational
+from hardmoe.stage import Resources
 
-Gpus = Annotated[float, Field(ge=0)] | Literal["auto"]
-"""How many GPUs a unit takes, a fraction to share one; `auto` is one where there are any, else none."""
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(
+            f"{gpus:g} GPUs: a network trains on a share of one or on several whole ones; set 1 or {math.ceil(gpus)}"
+        )
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] | Literal["auto"]
+"""How many GPUs a unit takes, a fraction to share one, a whole number to divide every batch among several; `auto` is one where
+there are any, else none."""
+
+
+def training_resources(num_threads: int, gpus: float | Literal["auto"]) -> Resources:
+    """What a training occupies: every device's process has its own threads."""
+    if gpus == "auto":
+        return Resources(num_threads, None)
+    return Resources(num_threads * max(1, int(gpus)), gpus)
+
+
 LossName = Literal["softmax", "one_tag", "sigmoid"]
 
 _ADAPTIVE_RATE_LIMIT = 0.05

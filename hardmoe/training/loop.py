@@ -11,7 +11,7 @@ Shape letters: B batch, S side in pixels, D feature dim, V tags.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -19,60 +19,28 @@ import torch
 from torch import Tensor
 
 from hardmoe.data.loader import ExampleSet
-from hardmoe.errors import HardmoeError, PreemptedError
+from hardmoe.errors import HardmoeError
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.background import BackgroundWriter
-from hardmoe.training.checkpoint import Checkpoint, Checkpoints
+from hardmoe.training.checkpoint import Checkpoint
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import deterministic
 from hardmoe.training.distillation import Teacher
 from hardmoe.training.divergence import LEARNING_RATE_FACTOR, Divergence, LossLostError, anchor_before, anchors_needed, is_anchor
 from hardmoe.training.losses import build_loss
-from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.optim import build_optimizer, learning_rate_at
+from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 from hardmoe.training.selection import BestWeights, Selection, SelectionRule
 from hardmoe.training.snapshot import restore_snapshot, take_snapshot, training_digest
-from hardmoe.training.step import Stepper
+from hardmoe.training.step import Gradients, Stepper
+from hardmoe.training.team import Team, TeamJob, pack
 from hardmoe.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
 STEPS_PER_ROW = 20
 """Steps between rows of the metrics log."""
-
-
-@dataclass(frozen=True)
-class TrainingProgress:
-    """Where a training stands; for people, never stored in an artifact."""
-
-    step: int
-    total_steps: int
-    examples_seen: int
-    loss: float | None
-    """Of the latest step whose loss was fetched from the device; None before the first."""
-    examples_per_second: float
-    """Since this attempt began."""
-    checkpoint: int | None = None
-    """Step of the newest checkpoint that this attempt has resumed from or written."""
-
-
-@dataclass(frozen=True)
-class TrainingSinks:
-    """Where a training reports to. A resumed one takes the log's rows from its checkpoint."""
-
-    checkpoints: Checkpoints | None = None
-    log: MetricsLog | None = None
-    progress: Callable[[TrainingProgress], None] | None = None
-    asked_to_stop: Callable[[], str | None] = lambda: None
-    """Asked after every step: why to end here, with a checkpoint; None to go on."""
-
-    def ending(self, step: int, total_steps: int) -> PreemptedError | None:
-        """What to raise once a checkpoint of this step is made; None to go on, as after the last step and without checkpoints."""
-        reason = self.asked_to_stop() if self.checkpoints and step < total_steps else None
-        if reason is None:
-            return None
-        return PreemptedError(f"{reason} at step {step} of {total_steps}, where a checkpoint was made")
 
 
 @dataclass(frozen=True)
@@ -127,26 +95,28 @@ def train(
     config: TrainingConfig,
     *,
     seed: int,
-    device: torch.device,
+    devices: Sequence[torch.device],
     references: TrainingReferences | None = None,
     sinks: TrainingSinks | None = None,
 ) -> TrainingResult:
     """Train a classifier in place, resuming from the latest checkpoint of the same training.
 
-    Parameters that do not require gradients stay as they are. Afterwards the model is on `device`, in evaluation mode.
+    Parameters that do not require gradients stay as they are. Afterwards the model is on the first device, in evaluation mode.
 
     Args:
         model: the start; a resumed training must be given the same one.
         examples: those without labels are left out; if none remains, the weights are not touched.
         config: see `TrainingConfig`.
         seed: decides the order of the examples and the randomness of layers such as dropout.
-        device: where to train; bfloat16 autocast on a GPU, float32 elsewhere.
+        devices: where to train; bfloat16 autocast on GPUs, float32 elsewhere. Each after the first computes a share of every
+            batch, in a process of its own (see `team`).
         references: validation examples and a teacher, each optional.
         sinks: checkpoints, log and progress, each optional.
 
     Raises:
         HardmoeError: the loss is no longer a finite number, and was not a second time, at half the learning rate.
         PreemptedError: it was asked to stop, and has made a checkpoint.
+        WorkerLostError: the process of a device has died.
     """
     sinks = sinks or TrainingSinks()
     labelled = examples.labelled()
@@ -155,8 +125,8 @@ def train(
     for part in (labelled, validation):
         if part and int(part.label_indices_L.max()) >= model.decoder.out_features:
             raise ValueError(f"tag {part.label_indices_L.max()} in a decoder of {model.decoder.out_features} tags")
-    with deterministic(config.num_threads, device):
-        training = _Training(model, labelled, config, seed, device, replace(references, validation=validation), sinks)
+    with deterministic(config.num_threads, devices[0]):
+        training = _Training(model, labelled, config, seed, devices, replace(references, validation=validation), sinks)
         if len(labelled):
             training.run()
     model.eval()
@@ -181,7 +151,7 @@ class _Training:
     examples: ExampleSet
     config: TrainingConfig
     seed: int
-    device: torch.device
+    devices: Sequence[torch.device]
     references: TrainingReferences
     sinks: TrainingSinks
     state: _State = field(default_factory=_State)
@@ -193,6 +163,11 @@ class _Training:
         self.schedule = self.examples.schedule(config.batch_size, config.epochs, self.seed, config.repeat_threshold)
         self.total_steps = self.schedule.total_steps
         self.rule = SelectionRule(self.schedule, config.early_stop, config.keep)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and everything that is kept."""
+        return self.devices[0]
 
     @property
     def divergence(self) -> Divergence | None:
@@ -212,16 +187,8 @@ class _Training:
         teacher = self.references.teacher
         network = None if teacher is None else teacher.network
         self.digest = training_digest(self.model, self.examples, facts, network) if checkpoints else ""
-        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model.train()
-        self.optimizer = build_optimizer(self.model, self.config)
-        self.average = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay is not None else None
-        loss = build_loss(self.config, self.examples, self.model.decoder.out_features, self.seed, self.device)
-        teacher = None if teacher is None else teacher.on(self.device)
-        self.stepper = Stepper(self.model, self.optimizer, self.average, loss, self.config, self.seed, self.device, teacher)
-        self.start = take_snapshot(self.model, self.optimizer, self.average)
-        self.best = BestWeights()
         with ExitStack() as stack:
+            self._settle(teacher, self._helped_by(stack, teacher))
             self.writer = stack.enter_context(BackgroundWriter(checkpoints)) if checkpoints else None
             self._resume()
             while not self.is_over:
@@ -231,6 +198,25 @@ class _Training:
                     self._go_back(lost)
         if not self.best.replace(self.model) and self.average is not None:
             self.average.replace()
+
+    def _helped_by(self, stack: ExitStack, teacher: Teacher | None) -> Team | None:
+        """The processes of the further devices, up to the end of the stack; before anything is on the device."""
+        if len(self.devices) == 1:
+            return None
+        return stack.enter_context(Team(TeamJob(pack(self.model, teacher), self.examples, self.config, self.seed), self.devices))
+
+    def _settle(self, teacher: Teacher | None, team: Team | None) -> None:
+        """Bring everything to the device."""
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, self.config)
+        self.average = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay is not None else None
+        loss = build_loss(self.config, self.examples, self.model.decoder.out_features, self.seed, self.device)
+        teacher = None if teacher is None else teacher.on(self.device)
+        gradients = Gradients(self.model, loss, self.config, self.seed, self.device, teacher)
+        self.stepper = Stepper(gradients, self.optimizer, self.average, team)
+        self.start = take_snapshot(self.model, self.optimizer, self.average)
+        self.best = BestWeights()
 
     def _go_on(self) -> None:
         """The steps up to the end, or until the loss is lost."""

@@ -21,7 +21,7 @@ from hardmoe.config import Json
 from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.loader import EncodedBatch, ExampleSet
 from hardmoe.data.reading import example_shards, labels_of, num_trained_on, read_examples, training_shards
-from hardmoe.errors import CorruptFileError
+from hardmoe.errors import CorruptFileError, HardmoeError
 from hardmoe.models.backbones import TagClassifier, build_backbone
 from hardmoe.models.branching import split
 from hardmoe.stage import InputArtifact, UnitContext
@@ -29,9 +29,10 @@ from hardmoe.tables import ids_to_array
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.distillation import Teacher
-from hardmoe.training.loop import TrainingProgress, TrainingReferences, TrainingSinks, train
+from hardmoe.training.loop import TrainingReferences, train
 from hardmoe.training.losses import start_from_shares
 from hardmoe.training.metrics_log import MetricsLog
+from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 
 MODEL_FILE = "model.safetensors"
 METRICS_FILE = "metrics.jsonl"
@@ -91,6 +92,27 @@ def unit_device(context: UnitContext) -> torch.device:
     return torch.device("cuda" if context.use_gpu and torch.cuda.is_available() else "cpu")
 
 
+def training_devices(context: UnitContext) -> list[torch.device]:
+    """What the unit was given to train on: its GPUs; or the CPU, once for every GPU that Ray counts where there is none.
+
+    A share of a GPU is a limit as well: one process cannot take the memory of those that it is packed with.
+
+    Raises:
+        HardmoeError: there are fewer GPUs than the recipe asks for.
+    """
+    asked = context.stage.resources.num_gpus
+    count = max(1, int(asked or 1)) if context.use_gpu else 1
+    if unit_device(context).type == "cpu":
+        return [torch.device("cpu")] * count
+    if (there := torch.cuda.device_count()) < count:
+        raise HardmoeError(
+            f"gpus: {count} are asked for, where this process sees {there}; lower gpus, or use a machine with more"
+        )
+    for index in range(count):
+        torch.cuda.set_per_process_memory_fraction(min(1.0, asked or 1.0), index)
+    return [torch.device("cuda", index) for index in range(count)]
+
+
 def build_network(architecture: Architecture, seed: int) -> TagClassifier:
     """A network with fresh weights."""
     backbone = build_backbone(architecture.backbone, image_size=architecture.image_size, seed=seed, stem=architecture.stem)
@@ -134,9 +156,12 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     log = MetricsLog()
     checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
     sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)
-    device = unit_device(context)
+    devices = training_devices(context)
     references = TrainingReferences(validation, job.teacher)
-    result = train(model, examples, job.config, seed=job.seed, device=device, references=references, sinks=sinks)
+    try:
+        result = train(model, examples, job.config, seed=job.seed, devices=devices, references=references, sinks=sinks)
+    except torch.OutOfMemoryError as error:
+        raise HardmoeError(_remedy_for_memory(context, job.config)) from error
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with context.output(MODEL_FILE) as out:
         out.write(safetensors.torch.save(weights))
@@ -162,6 +187,15 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     with context.output(description_file) as out:
         out.write((json.dumps(payload, indent=1, sort_keys=True) + "\n").encode())
     return payload
+
+
+def _remedy_for_memory(context: UnitContext, config: TrainingConfig) -> str:
+    share = context.stage.resources.num_gpus or 1
+    raised = f", or raise gpus (now {share:g})" if share < 1 else ""
+    return (
+        f"the GPU's memory does not suffice for batches of {config.batch_size} images; raise accumulate (now "
+        f"{config.accumulate}), which takes each in pieces, or lower batch_size{raised}"
+    )
 
 
 def starting_network(job: NetworkJob, examples: ExampleSet) -> TagClassifier:

@@ -25,16 +25,15 @@ from hardmoe.training.inference import move_images, normalised
 from hardmoe.training.losses import TagLoss
 from hardmoe.training.optim import set_learning_rate
 from hardmoe.training.single_values import running_statistics_for_single_values
+from hardmoe.training.team import Seat, Team, sum_losses
 
 
 @dataclass(frozen=True)
-class Stepper:
-    """What the steps of one training have in common."""
+class Gradients:
+    """What the gradients of one training's batches have in common, in whatever process they are computed."""
 
     model: TagClassifier
     """On the device, in training mode."""
-    optimizer: optim.Optimizer
-    average: WeightAverage | None
     loss: TagLoss
     config: TrainingConfig
     seed: int
@@ -42,21 +41,25 @@ class Stepper:
     teacher: Teacher | None = None
     """On the device."""
 
-    def take(self, batch: TrainingBatch, step: int, learning_rate: float) -> Tensor:
-        """Move the network; returns the loss, float32 on the device, which nothing has waited for."""
-        set_learning_rate(self.optimizer, learning_rate)
+    def add(self, batch: TrainingBatch, step: int, seat: Seat | None = None) -> Tensor:
+        """Add the gradient of a batch to the network's; returns its loss, float32 on the device, which nothing has waited for.
+
+        Args:
+            batch: the whole batch.
+            step: decides what is random.
+            seat: of a process that computes a share of the gradient, and of the loss; None for all of it.
+        """
         images_B3SS, targets_BV = self._inputs(batch, step)
+        num_rows = len(images_B3SS)
+        if seat is not None:
+            images_B3SS, targets_BV = seat.share_of(images_B3SS), seat.share_of(targets_BV)
         total = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad()
         with seeded_step(derive_seed(self.seed, "step", step), self.device):
             num_pieces = min(self.config.accumulate, len(images_B3SS))
             for images, targets in zip(images_B3SS.tensor_split(num_pieces), targets_BV.tensor_split(num_pieces), strict=True):
-                total += self._backward(images, targets, len(images) / len(images_B3SS))
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(step)
+                alone = len(images) == 1 and seat is None
+                with running_statistics_for_single_values(self.model) if alone else nullcontext():
+                    total += self._backward(images, targets, len(images) / num_rows)
         return total
 
     def _inputs(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
@@ -69,13 +72,40 @@ class Stepper:
 
     def _backward(self, images_B3SS: Tensor, targets_BV: Tensor, share: float) -> Tensor:
         """Add a piece's gradient; returns its share of the loss."""
-        alone = len(images_B3SS) == 1
-        with running_statistics_for_single_values(self.model) if alone else nullcontext():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                _, logits_BV = self.model(images_B3SS)
-                loss = self.loss(logits_BV, targets_BV)
-                if self.teacher is not None:
-                    loss = self.teacher.blended(loss, logits_BV, images_B3SS, self.loss.name)
-            loss = loss * share
-            loss.backward()  # type: ignore[no-untyped-call]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            _, logits_BV = self.model(images_B3SS)
+            loss = self.loss(logits_BV, targets_BV)
+            if self.teacher is not None:
+                loss = self.teacher.blended(loss, logits_BV, images_B3SS, self.loss.name)
+        loss = loss * share
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What the steps of one training have in common."""
+
+    gradients: Gradients
+    optimizer: optim.Optimizer
+    average: WeightAverage | None
+    team: Team | None = None
+    """Whoever computes the gradients together with this process."""
+
+    def take(self, batch: TrainingBatch, step: int, learning_rate: float) -> Tensor:
+        """Move the network; returns the loss, float32 on the device, which nothing has waited for."""
+        model, max_grad_norm = self.gradients.model, self.gradients.config.max_grad_norm
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.zero_grad()
+        if self.team is not None and self.team.is_needed_for(len(batch.images_B3SS)):
+            with self.team.step(step, model) as seat:
+                share = self.gradients.add(batch, step, seat)
+            total = sum_losses(share)
+        else:
+            total = self.gradients.add(batch, step)
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
+        return total

@@ -1,6 +1,7 @@
 """Declaration of the `trunk` stage: a network that is trained on all examples from fresh weights."""
 
-from hardmoe.stage import Resources, Stage
+from hardmoe.stage import Stage
+from hardmoe.training.config import training_resources
 from hardmoe.trunk.config import TrunkConfig
 
 
@@ -14,5 +15,5 @@ def trunk_stage(config: TrunkConfig, seed: int, name: str = "trunk") -> Stage:
         operational={"trunk": config.operational_values()},
         inputs={"dataset": "dataset", "vocabulary": "vocabulary"},
         work="hardmoe.trunk.work:TrunkWork",
-        resources=Resources(config.num_threads, None if config.gpus == "auto" else config.gpus),
+        resources=training_resources(config.num_threads, config.gpus),
     )

@@ -72,7 +72,7 @@ class _Clock:
         self._moments = moments
 
     def sinks(self):
-        from hardmoe.training.loop import TrainingSinks
+        from hardmoe.training.reporting import TrainingSinks
 
         return TrainingSinks(progress=lambda _: self._moments.append(time.perf_counter()))
 

@@ -39,8 +39,9 @@ from hardmoe.storage import LocalStorage
 from hardmoe.training.augment import augment_images
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import AugmentConfig, TrainingConfig
-from hardmoe.training.loop import TrainingSinks, train
+from hardmoe.training.loop import train
 from hardmoe.training.metrics_log import MetricsLog
+from hardmoe.training.reporting import TrainingSinks
 
 BATCH, TAGS, WARM = 256, 1_000, 4
 CROP = 0.35
@@ -142,7 +143,7 @@ def run_ours(case: Case, examples: ExampleSet) -> float:
 
     with tempfile.TemporaryDirectory() as directory:
         sinks = TrainingSinks(Checkpoints(LocalStorage(Path(directory)), "checkpoints"), MetricsLog(), tell)
-        train(case.network(), examples, config, seed=0, device=case.device, sinks=sinks)
+        train(case.network(), examples, config, seed=0, devices=[case.device], sinks=sinks)
     return case.rate(moments)
 
 

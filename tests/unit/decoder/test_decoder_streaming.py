@@ -17,8 +17,8 @@ from hardmoe.errors import StorageError
 from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.storage import LocalStorage
 from hardmoe.training.checkpoint import Checkpoints
-from hardmoe.training.loop import TrainingSinks
 from hardmoe.training.metrics_log import MetricsLog
+from hardmoe.training.reporting import TrainingSinks
 
 K, E, V, N = 3, 6, 8, 101
 

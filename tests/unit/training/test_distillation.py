@@ -16,7 +16,8 @@ from hardmoe.storage import LocalStorage
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import AugmentConfig, DistillConfig, TrainingConfig
 from hardmoe.training.distillation import Teacher, bernoulli_divergence, softmax_divergence
-from hardmoe.training.loop import TrainingProgress, TrainingReferences, TrainingSinks, train
+from hardmoe.training.loop import TrainingReferences, train
+from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 
 CPU = torch.device("cpu")
 NUM_TAGS = 5
@@ -49,7 +50,7 @@ def trained(
 
     model = make_network(start)
     sinks = TrainingSinks(Checkpoints(LocalStorage(folder), "checkpoints") if folder else None, progress=watch)
-    train(model, make_examples(), config, seed=0, device=CPU, references=TrainingReferences(teacher=teacher), sinks=sinks)
+    train(model, make_examples(), config, seed=0, devices=[CPU], references=TrainingReferences(teacher=teacher), sinks=sinks)
     return model.state_dict()
 
 

@@ -20,8 +20,9 @@ from hardmoe.training import divergence, loop
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.divergence import Divergence, anchor_before, anchors_needed
-from hardmoe.training.loop import TrainingProgress, TrainingReferences, TrainingResult, TrainingSinks, train
+from hardmoe.training.loop import TrainingReferences, TrainingResult, train
 from hardmoe.training.metrics_log import MetricsLog
+from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, learning_rate=2.0, warmup_fraction=0, checkpoint_every_steps=None)
 ANCHOR, MARGIN = 6, 2
@@ -91,7 +92,7 @@ class Attempt:
         log = MetricsLog()
         sinks = TrainingSinks(Checkpoints(LocalStorage(self.folder), "c"), log, watch)
         device, references = torch.device("cpu"), TrainingReferences(VALIDATION)
-        result = train(model, EXAMPLES, self.config, seed=0, device=device, references=references, sinks=sinks)
+        result = train(model, EXAMPLES, self.config, seed=0, devices=[device], references=references, sinks=sinks)
         return result, model.state_dict(), log.to_bytes()
 
 

@@ -21,9 +21,10 @@ from hardmoe.storage import LocalStorage
 from hardmoe.training import loop
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import AugmentConfig, TrainingConfig
-from hardmoe.training.loop import TrainingProgress, TrainingReferences, TrainingResult, TrainingSinks, train
+from hardmoe.training.loop import TrainingReferences, TrainingResult, train
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.optim import learning_rate_at
+from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 from hardmoe.training.single_values import running_statistics_for_single_values
 from hardmoe.training.validation import validate
 
@@ -92,7 +93,7 @@ class Attempt:
             Checkpoints(self.storage, "checkpoints"), log, watch, lambda: "told to" if next(asked) == self.stop_at else None
         )
         examples = EXAMPLES if self.examples is None else self.examples
-        result = train(model, examples, self.config, seed=self.seed, device=CPU, references=REFERENCES, sinks=sinks)
+        result = train(model, examples, self.config, seed=self.seed, devices=[CPU], references=REFERENCES, sinks=sinks)
         return result, model.state_dict(), log.to_bytes()
 
     def resumed_at(self) -> int:
@@ -473,7 +474,7 @@ def test_the_losses_and_weights_are_those_of_a_plain_loop_written_out() -> None:
         epochs=1, batch_size=61, momentum=0, nesterov=False, weight_decay=0.01, warmup_fraction=0, learning_rate=0.5
     )
     trained, plain = make_model(), make_model()
-    result = train(trained, EXAMPLES, config, seed=0, device=CPU)
+    result = train(trained, EXAMPLES, config, seed=0, devices=[CPU])
     targets = torch.zeros(61, NUM_TAGS)
     for row in range(61):
         tags = EXAMPLES.label_indices_L[EXAMPLES.label_offsets[row] : EXAMPLES.label_offsets[row + 1]]
@@ -490,7 +491,7 @@ def test_the_losses_and_weights_are_those_of_a_plain_loop_written_out() -> None:
 def test_validation_scores_equal_a_count_by_hand() -> None:
     model = make_model()
     log = MetricsLog()
-    train(model, EXAMPLES, CONFIG, seed=0, device=CPU, references=REFERENCES, sinks=TrainingSinks(log=log))
+    train(model, EXAMPLES, CONFIG, seed=0, devices=[CPU], references=REFERENCES, sinks=TrainingSinks(log=log))
     with torch.inference_mode():
         logits = model(normalise_images(torch.from_numpy(VALIDATION.storage_M3SS)))[1].double().numpy()
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -506,7 +507,7 @@ def test_validation_scores_equal_a_count_by_hand() -> None:
 def test_validation_loss_of_sigmoid_is_the_binary_cross_entropy() -> None:
     model, log = make_model(), MetricsLog()
     config = CONFIG.model_copy(update={"loss": "sigmoid", "learning_rate": 0.1, "label_smoothing": 0.1})
-    train(model, EXAMPLES, config, seed=0, device=CPU, references=REFERENCES, sinks=TrainingSinks(log=log))
+    train(model, EXAMPLES, config, seed=0, devices=[CPU], references=REFERENCES, sinks=TrainingSinks(log=log))
     with torch.inference_mode():
         logits = model(normalise_images(torch.from_numpy(VALIDATION.storage_M3SS)))[1].double().numpy()
     present = np.zeros((21, NUM_TAGS), bool)
@@ -523,15 +524,15 @@ def test_examples_without_labels_are_left_out(tmp_path: Path) -> None:
     offsets = np.concatenate([[0], np.cumsum(counts)])
     half = ExampleSet(EXAMPLES.ids_N16, EXAMPLES.storage_M3SS, EXAMPLES.storage_rows_N, EXAMPLES.label_indices_L[kept], offsets)
     first, second = make_model(), make_model()
-    assert train(first, half, CONFIG, seed=0, device=CPU).examples_seen == 90
-    train(second, EXAMPLES.take(np.arange(1, 61, 2)), CONFIG, seed=0, device=CPU)
+    assert train(first, half, CONFIG, seed=0, devices=[CPU]).examples_seen == 90
+    train(second, EXAMPLES.take(np.arange(1, 61, 2)), CONFIG, seed=0, devices=[CPU])
     assert_same_bits(first.state_dict(), second.state_dict())
 
 
 def test_no_labelled_example_leaves_the_weights_alone_and_writes_an_empty_log(tmp_path: Path) -> None:
     storage, model = LocalStorage(tmp_path), make_model()
     sinks = TrainingSinks(Checkpoints(storage, "checkpoints"), MetricsLog())
-    result = train(model, EXAMPLES.take(np.arange(0)), CONFIG, seed=0, device=CPU, references=REFERENCES, sinks=sinks)
+    result = train(model, EXAMPLES.take(np.arange(0)), CONFIG, seed=0, devices=[CPU], references=REFERENCES, sinks=sinks)
     assert result == TrainingResult(0, 0, None, None, (0, 0, 0))
     assert_same_bits(model.state_dict(), make_model().state_dict())
     assert sinks.log is not None
@@ -543,7 +544,7 @@ def test_no_labelled_example_leaves_the_weights_alone_and_writes_an_empty_log(tm
 def test_a_batch_of_one_image_trains_although_batch_normalisation_has_one_value(num: int, batch_size: int) -> None:
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = train(model, make_examples(num), CONFIG.model_copy(update={"batch_size": batch_size}), seed=0, device=CPU)
+    result = train(model, make_examples(num), CONFIG.model_copy(update={"batch_size": batch_size}), seed=0, devices=[CPU])
     assert result.examples_seen == 3 * num
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     assert not torch.equal(model.decoder.weight, before["decoder.weight"])
@@ -565,7 +566,7 @@ def test_single_values_use_running_statistics_and_larger_maps_their_own() -> Non
 def test_frozen_parameters_keep_their_bits(tmp_path: Path) -> None:
     model = make_model()
     model.decoder.requires_grad_(False)
-    train(model, EXAMPLES, CONFIG, seed=0, device=CPU, sinks=TrainingSinks(Checkpoints(LocalStorage(tmp_path), "checkpoints")))
+    train(model, EXAMPLES, CONFIG, seed=0, devices=[CPU], sinks=TrainingSinks(Checkpoints(LocalStorage(tmp_path), "checkpoints")))
     fresh = make_model()
     assert torch.equal(model.decoder.weight, fresh.decoder.weight)
     assert not torch.equal(model.backbone.network.stem[0].weight, fresh.backbone.network.stem[0].weight)
@@ -578,14 +579,14 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_step_and_remedy(t
     storage = LocalStorage(tmp_path)
     config = CONFIG.model_copy(update={"checkpoint_every_steps": 1})
     with pytest.raises(HardmoeError, match=r"nan at step 1 of 24.*lower learning_rate \(now 1\)"):
-        train(model, EXAMPLES, config, seed=0, device=CPU, sinks=TrainingSinks(Checkpoints(storage, "checkpoints")))
+        train(model, EXAMPLES, config, seed=0, devices=[CPU], sinks=TrainingSinks(Checkpoints(storage, "checkpoints")))
     assert storage.list("") == []
 
 
 def test_a_tag_that_the_decoder_lacks_is_refused_before_training() -> None:
     model = TagClassifier(build_backbone("quicknet_w4", image_size=8, seed=0), 3, seed=0)
     with pytest.raises(ValueError, match="decoder of 3 tags"):
-        train(model, EXAMPLES, CONFIG, seed=0, device=CPU)
+        train(model, EXAMPLES, CONFIG, seed=0, devices=[CPU])
 
 
 def test_progress_counts_steps_examples_and_a_rate(tmp_path: Path) -> None:

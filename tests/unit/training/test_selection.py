@@ -17,8 +17,9 @@ from hardmoe.storage import LocalStorage
 from hardmoe.training import loop
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
-from hardmoe.training.loop import TrainingProgress, TrainingReferences, TrainingResult, TrainingSinks, train
+from hardmoe.training.loop import TrainingReferences, TrainingResult, train
 from hardmoe.training.metrics_log import MetricsLog
+from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 from hardmoe.training.selection import Selection
 from hardmoe.training.validation import ValidationScores, validate
 
@@ -76,7 +77,7 @@ def attempt(
         first = 1 if latest is None else latest.step + 1
     asked = count(first)
     sinks = TrainingSinks(checkpoints, log, watch, lambda: "told to" if next(asked) == stop_at else None)
-    result = train(model, EXAMPLES, config, seed=0, device=CPU, references=TrainingReferences(VALIDATION), sinks=sinks)
+    result = train(model, EXAMPLES, config, seed=0, devices=[CPU], references=TrainingReferences(VALIDATION), sinks=sinks)
     return result, model.state_dict(), log.rows
 
 
@@ -176,7 +177,7 @@ def test_asked_to_stop_at_the_step_of_an_early_stop_it_is_through(tmp_path: Path
 def test_part_without_validation_images_is_trained_to_the_end(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model = TagClassifier(build_backbone("quicknet_w4", image_size=8, seed=1), 5, seed=2)
-    result = train(model, EXAMPLES, CONFIG, seed=0, device=CPU, references=TrainingReferences(VALIDATION.take(np.arange(0))))
+    result = train(model, EXAMPLES, CONFIG, seed=0, devices=[CPU], references=TrainingReferences(VALIDATION.take(np.arange(0))))
     assert result.selection == Selection(24, stopped_early=False, kept_step=24)
     assert same_bits(model.state_dict(), with_weights_after(6))
 

@@ -32,7 +32,7 @@ def make_model() -> TagClassifier:
 
 def trained(config: TrainingConfig) -> tuple[float, dict[str, torch.Tensor]]:
     model = make_model()
-    result = train(model, make_examples(), config, seed=0, device=CPU)
+    result = train(model, make_examples(), config, seed=0, devices=[CPU])
     assert result.final_loss is not None
     return result.final_loss, model.state_dict()
 
