@@ -161,7 +161,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     try:
         result = train(model, examples, job.config, seed=job.seed, devices=devices, references=references, sinks=sinks)
     except torch.OutOfMemoryError as error:
-        raise HardmoeError(_remedy_for_memory(context, job.config)) from error
+        raise HardmoeError(remedy_for_memory(context, job.config)) from error
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with context.output(MODEL_FILE) as out:
         out.write(safetensors.torch.save(weights))
@@ -189,7 +189,8 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     return payload
 
 
-def _remedy_for_memory(context: UnitContext, config: TrainingConfig) -> str:
+def remedy_for_memory(context: UnitContext, config: TrainingConfig) -> str:
+    """What to say where a GPU, or the share of it, has no memory left."""
     share = context.stage.resources.num_gpus or 1
     raised = f", or raise gpus (now {share:g})" if share < 1 else ""
     return (
