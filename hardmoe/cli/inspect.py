@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from hardmoe.artifacts.lease import TIME_TO_LIVE_SECONDS, lease_holder
+from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.record import PROVENANCE_NAME
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.cli.common import existing_run, format_table
+from hardmoe.cli.trainings import experts_line, training_notes
 from hardmoe.config import Json
 from hardmoe.errors import CorruptFileError, RecipeError, StorageError
 from hardmoe.execution.progress import STATUS_SECONDS
@@ -49,6 +51,8 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
         if watch and not as_json:
             click.clear()
         click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
+        if not as_json and (line := _experts_line(storage, recipe, rows)) is not None:
+            click.echo(line)
         quiet = 0 if any(row.state in _ACTIVE or row.holder for row in rows) else quiet + 1
         # Between two stages nothing runs for a moment: only the second such look in a row is the end.
         if not watch or quiet == 2:
@@ -104,13 +108,42 @@ def _note(row: ArtifactStatus) -> str:
     if failures:
         return f"{failures[0]['unit']}: {failures[0]['error']}"[:160]
     live = row.progress.get("running", {})
+    parts = training_notes(row.progress) if row.state in _ACTIVE else []
     rates = [body["values"]["examples/s"] for body in live.values() if "examples/s" in body["values"]]
-    parts = [f"{sum(rates):,.0f} examples/s"] if rates and row.state in _ACTIVE else []
+    if rates and not parts and row.state in _ACTIVE:
+        parts = [f"{sum(rates):,.0f} examples/s"]
     if row.holder:
         parts.append(row.holder)
     if row.state in _ACTIVE and row.progress and (silent := _seconds_since(row.progress["updated"])) > TIME_TO_LIVE_SECONDS:
         parts.append(f"not heard of for {format_seconds(silent)}")
     return "; ".join(parts)
+
+
+def _experts_line(storage: Storage, recipe: Recipe, rows: Sequence[ArtifactStatus]) -> str | None:
+    fractions = {row.artifact: 1.0 if row.state in ("done", "reused") else row.progress.get("fraction", 0.0) for row in rows}
+    speeds = {
+        row.artifact: sum(body["values"].get("examples/s", 0.0) for body in row.progress.get("running", {}).values())
+        for row in rows
+        if row.state in _ACTIVE
+    }
+    shown = {name: images for name, images in _shown_by_expert(storage, recipe).items() if name in fractions}
+    return experts_line(shown, fractions, speeds, datetime.now().astimezone())
+
+
+def _shown_by_expert(storage: Storage, recipe: Recipe) -> dict[str, float]:
+    """How many images every expert is shown in all, as its part's size and the recipe's budget have it; early stops left out."""
+    try:
+        artifact = ArtifactStore(storage).find("partition")
+    except CorruptFileError:
+        artifact = None
+    if artifact is None:
+        return {}
+    sizes = artifact.payload["sizes"]["train"]
+    for copies in artifact.payload.get("extra", {}).values():
+        sizes = [size + more for size, more in zip(sizes, copies, strict=True)]
+    if recipe.experts.budget == "examples":
+        sizes = [sum(sizes) / len(sizes)] * len(sizes)
+    return {join("experts", expert_name(number)): recipe.experts.epochs * size for number, size in enumerate(sizes)}
 
 
 def _seconds_since(moment: str) -> float:

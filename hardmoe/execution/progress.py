@@ -49,6 +49,8 @@ class Reporter:
     def submitted(self, task: UnitTask) -> None:
         """A unit waits for a worker: what an earlier attempt said of its progress is not news."""
         self._earlier[_live_path(task)] = self._live(task)
+        tries = self._tracked[task.stage.name].tries
+        tries[task.unit.name] = tries.get(task.unit.name, 0) + 1
 
     def unit_done(self, task: UnitTask) -> None:
         """A unit is complete."""

@@ -21,6 +21,8 @@ class Tracked:
     live: dict[str, dict[str, Json]] = field(default_factory=dict)
     """What running units last said, by unit."""
     failures: list[dict[str, str]] = field(default_factory=list)
+    tries: dict[str, int] = field(default_factory=dict)
+    """How often this driver has handed a unit over, by unit."""
     _phase_started: float = field(default_factory=time.monotonic)
     _given: float = 0.0
     """Units, and shares of units, that were done when this driver first looked: no measure of its speed."""
@@ -37,7 +39,8 @@ class Tracked:
 
     def hear(self, unit: str, body: dict[str, Json]) -> None:
         """Take in what a running unit says; one that resumed from a checkpoint begins with a share that took no time now."""
-        self.live[unit] = body
+        tries = self.tries.get(unit, 1)
+        self.live[unit] = {**body, "tries": tries} if tries > 1 else body
         if unit not in self._known:
             self._known.add(unit)
             self._given += _share(body)

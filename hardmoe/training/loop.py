@@ -24,6 +24,7 @@ from hardmoe.models.backbones import TagClassifier
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.background import BackgroundWriter
 from hardmoe.training.checkpoint import Checkpoint
+from hardmoe.training.clock import Clock
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import deterministic
 from hardmoe.training.distillation import Teacher
@@ -220,26 +221,31 @@ class _Training:
 
     def _go_on(self) -> None:
         """The steps up to the end, or until the loss is lost."""
-        first_step, began = self.state.step, time.monotonic()
-        self.saved_at = began
-        for batch in self.examples.training_batches(self.schedule, first_step):
-            self.unfetched.append(self.stepper.take(batch, self.state.step, self._learning_rate(self.state.step)))
-            self.state.step += 1
-            self._report()
+        first_step, clock = self.state.step, Clock()
+        self.clock, self.saved_at = clock, time.monotonic()
+        for batch in clock.reading(self.examples.training_batches(self.schedule, first_step)):
+            with clock.spent("computing"):
+                self.unfetched.append(self.stepper.take(batch, self.state.step, self._learning_rate(self.state.step)))
+                self.state.step += 1
+                self._report()
             self._note_going_back()
             ending = None if self.is_over else self.sinks.ending(self.state.step, self.total_steps)
-            if ending or self._checkpoint_is_due():
-                self._save()
-            if self.writer and ending:
-                self.writer.wait()
+            with clock.spent("saving"):
+                if ending or self._checkpoint_is_due():
+                    self._save()
+                if self.writer and ending:
+                    self.writer.wait()
+            seen = self.schedule.samples_before(self.state.step)
+            rate = (seen - self.schedule.samples_before(first_step)) / max(clock.seconds, 1e-9)
             if self.sinks.progress:
-                seen = self.schedule.samples_before(self.state.step)
-                rate = (seen - self.schedule.samples_before(first_step)) / max(time.monotonic() - began, 1e-9)
                 newest = self.writer.written if self.writer else None
-                self.sinks.progress(TrainingProgress(self.state.step, self.total_steps, seen, self.last_loss, rate, newest))
+                precision, computing = self.state.validation_precision_at_1, clock.share("computing")
+                at = (self.state.step, self.total_steps, seen, self.last_loss, rate, newest, precision, computing)
+                self.sinks.progress(TrainingProgress(*at))
             if ending:
                 raise ending
             if self.is_over:
+                logger.info("%s examples/s over %.0f s, of which %s", f"{rate:,.0f}", clock.seconds, clock.describe())
                 return
 
     def _learning_rate(self, step: int) -> float:
@@ -280,7 +286,7 @@ class _Training:
             samples = int(self.schedule.samples_E[epoch - 1])
             self._log({"step": state.step, "epoch": epoch, "samples": samples, "unique_examples": len(self.examples)})
         if self.references.validation:
-            with self.average.in_use() if self.average is not None else nullcontext():
+            with self.clock.spent("validating"), self.average.in_use() if self.average is not None else nullcontext():
                 scores = validate(self.model, self.references.validation, self.config.batch_size, self.device, self.config.loss)
                 if not math.isfinite(scores.loss):
                     where = f"after step {state.step} of {self.total_steps}, the end of epoch {epoch}"

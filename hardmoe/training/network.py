@@ -250,6 +250,10 @@ def progress_teller(context: UnitContext) -> Callable[[TrainingProgress], None]:
             values["loss"] = round(at.loss, 5)
         if at.checkpoint is not None:
             values["checkpoint"] = at.checkpoint
+        if at.validation_precision_at_1 is not None:
+            values["precision@1"] = round(at.validation_precision_at_1, 5)
+        if at.computing is not None:
+            values["computing"] = round(at.computing, 3)
         context.progress(at.step, at.total_steps, **values)
 
     return tell

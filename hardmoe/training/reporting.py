@@ -21,6 +21,10 @@ class TrainingProgress:
     """Since this attempt began."""
     checkpoint: int | None = None
     """Step of the newest checkpoint that this attempt has resumed from or written."""
+    validation_precision_at_1: float | None = None
+    """Of the latest validation."""
+    computing: float | None = None
+    """Share of this attempt's time that went into the network, which is its speed over a bare loop's; see `clock`."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Campaign:
             while time.monotonic() < pause or not self.at_work():
                 self.check_driver()
                 assert time.monotonic() < deadline, self.told()
-                time.sleep(0.02)
+                time.sleep(0.2)
             kind = self.chance.choice(("worker", "worker", "raylet", "driver"))
             {"worker": self.kill_worker, "raylet": self.kill_raylet, "driver": self.kill_driver}[kind]()
             self.kinds[kind] += 1
@@ -116,7 +116,7 @@ class Campaign:
 
     def kill_driver(self) -> None:
         assert self.driver is not None
-        self.hits.update(self.at_work())
+        self.hits.update(list(self.at_work()))
         os.killpg(self.driver.pid, signal.SIGKILL)
         self.driver.wait()
         self.start_driver()

@@ -197,3 +197,32 @@ def test_verify_tells_all_damage_and_fails_at_the_end(run: LocalStorage) -> None
 def test_table_aligns_its_columns_and_leaves_no_trailing_spaces() -> None:
     rows = [("name", "n", "note"), ("a", "1", ""), ("longer", "1000", "x")]
     assert format_table(rows, right=(1,)).splitlines() == ["name       n  note", "a          1", "longer  1000  x"]
+
+
+def training(run: LocalStorage, name: str, holder: Holder, done: int, **values: float) -> None:
+    """An expert at work, handed over for the second time."""
+    tracked = Tracked()
+    tracked.follow("train", 0, 1)
+    unit = name.rpartition("/")[2]
+    tracked.tries[unit] = 2
+    tracked.hear(unit, {"done": done, "total": 400, "host": "gpu-07", "values": {"step": done, **values}})
+    run.write_bytes(f"{name}/_progress/status.json", json.dumps(tracked.summary()).encode())
+    hold(run, name, holder)
+
+
+def test_status_tells_how_every_expert_is_doing_and_when_the_last_will_be_done(run: LocalStorage) -> None:
+    """1,200 and 400 images, shown twice: one expert is half through, the other has not begun."""
+    record = Record("kind", 1, "f" * 64, {}, {}, [], {"sizes": {"train": [1000, 400]}, "extra": {"overlap": [200, 0]}})
+    run.write_bytes("partition/artifact.json", record.to_bytes())
+    assert "experts:" not in look(run, "status")
+    me = this_process()
+    training(run, "experts/expert-0000", me, 200, loss=4.3125, **{"examples/s": 20.0, "precision@1": 0.4125, "computing": 0.968})
+    told = row(run, "experts/expert-0000")
+    assert "step 200/400; loss 4.312; precision@1 41.2 %; 20 examples/s; 97 % of a bare loop's; gpu-07; try 2; process" in told
+    line = look(run, "status").splitlines()[-1]
+    # (1,200 + 2 x 400) images at 20 a second.
+    assert line.startswith("experts: 0 of 2 done, 1 running at 20 examples/s together; the last one done in about 1:40, at ")
+    finish(run, "experts/expert-0001")
+    line = look(run, "status").splitlines()[-1]
+    assert line.startswith("experts: 1 of 2 done, 1 running at 20 examples/s together; the last one done in about 1:00, at ")
+    assert "experts:" not in look(run, "status", "--json")
