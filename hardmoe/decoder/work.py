@@ -20,11 +20,9 @@ from hardmoe.decoder.streaming import SpilledEmbeddings, example_bytes, num_buck
 from hardmoe.models.shared_decoder import DECODER_FILE, DecoderForm, SharedDecoder
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
-from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.losses import log_odds_of_shares
-from hardmoe.training.metrics_log import MetricsLog
-from hardmoe.training.network import METRICS_FILE, load_weights, progress_teller, unit_device
-from hardmoe.training.reporting import TrainingSinks
+from hardmoe.training.network import load_weights, unit_device
+from hardmoe.training.unit_sinks import unit_sinks, write_log
 
 
 class DecoderWork:
@@ -59,15 +57,12 @@ class DecoderWork:
             log_odds_V = log_odds_of_shares(training.tag_counts(model.num_tags), len(training))
             model.decoder.bias.data.copy_(torch.from_numpy(log_odds_V))
         model.to(unit_device(context))
-        log = MetricsLog()
-        checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
-        sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)
-        result = fit(model, training, validation, config, seed, sinks)
+        with unit_sinks(context) as sinks:
+            result = fit(model, training, validation, config, seed, sinks)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         with context.output(DECODER_FILE) as out:
             out.write(safetensors.torch.save(tensors))
-        with context.output(METRICS_FILE) as out:
-            out.write(log.to_bytes())
+        write_log(context, sinks)
         return {
             "experts": experts,
             "num_features": embeddings.payload["dim"],

@@ -18,7 +18,8 @@ from hardmoe.storage import Storage, check_entry, join
 _PROVENANCE_UNITS = 2000
 _PROGRESS = "_progress"
 _KEPT_DIRECTORIES = (f"{_PROGRESS}/", "checkpoints/")
-_LOGS = "logs"
+_KEPT = ("logs", "tensorboard")
+"""Below `_progress`, what a finished artifact keeps for people."""
 
 
 class _Driver(StageContext):
@@ -167,11 +168,11 @@ class Build:
 
 
 def sweep_builds(storage: Storage, artifact: str) -> None:
-    """Delete what builds left of a finished artifact: completions, staged and scratch files; its logs stay.
+    """Delete what builds left of a finished artifact: completions, staged and scratch files; its logs and curves stay.
 
     Builds have a directory each. Plain files (the lease, the status, the dataset's cache of digests) are not theirs.
     """
     progress = join(artifact, _PROGRESS)
-    for name in {path.partition("/")[0] for path in storage.list(progress) if "/" in path} - {_LOGS}:
+    for name in {path.partition("/")[0] for path in storage.list(progress) if "/" in path} - {*_KEPT}:
         storage.delete_tree(join(progress, name))
     storage.sweep(artifact)

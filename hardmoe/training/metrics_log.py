@@ -7,7 +7,7 @@ could still replace after another attempt's file was vouched for, or before it w
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hardmoe.config import Json
 
@@ -15,7 +15,9 @@ from hardmoe.config import Json
 class MetricsLog:
     """The rows of one attempt at a training."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Callable[[Mapping[str, Json]], None] = lambda row: None) -> None:
+        """Begin without rows; the listener hears of each that is added."""
+        self._listener = listener
         self.rows: list[dict[str, Json]] = []
 
     def append(self, row: dict[str, Json]) -> None:
@@ -23,6 +25,7 @@ class MetricsLog:
         if self.rows and row["step"] < self.rows[-1]["step"]:
             raise ValueError(f"row of step {row['step']} after step {self.rows[-1]['step']}")
         self.rows.append(row)
+        self._listener(row)
 
     def restore(self, rows: Sequence[dict[str, Json]]) -> None:
         """Go on from the rows of a checkpoint, or from none."""

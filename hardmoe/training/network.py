@@ -7,7 +7,7 @@ read and where they start, which are arguments.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,16 +26,13 @@ from hardmoe.models.backbones import TagClassifier, build_backbone
 from hardmoe.models.branching import split
 from hardmoe.stage import InputArtifact, UnitContext
 from hardmoe.tables import ids_to_array
-from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.distillation import Teacher
 from hardmoe.training.loop import TrainingReferences, train
 from hardmoe.training.losses import start_from_shares
-from hardmoe.training.metrics_log import MetricsLog
-from hardmoe.training.reporting import TrainingProgress, TrainingSinks
+from hardmoe.training.unit_sinks import unit_sinks, write_log
 
 MODEL_FILE = "model.safetensors"
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -153,20 +150,17 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     examples = replace(examples, budget=job.num_samples)
     validation = load_examples(job, "validation").labelled()
     model = starting_network(job, examples)
-    log = MetricsLog()
-    checkpoints = Checkpoints(context.storage, context.checkpoint_prefix)
-    sinks = TrainingSinks(checkpoints, log, progress_teller(context), context.asked_to_stop)
     devices = training_devices(context)
     references = TrainingReferences(validation, job.teacher)
-    try:
-        result = train(model, examples, job.config, seed=job.seed, devices=devices, references=references, sinks=sinks)
-    except torch.OutOfMemoryError as error:
-        raise HardmoeError(remedy_for_memory(context, job.config)) from error
+    with unit_sinks(context) as sinks:
+        try:
+            result = train(model, examples, job.config, seed=job.seed, devices=devices, references=references, sinks=sinks)
+        except torch.OutOfMemoryError as error:
+            raise HardmoeError(remedy_for_memory(context, job.config)) from error
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with context.output(MODEL_FILE) as out:
         out.write(safetensors.torch.save(weights))
-    with context.output(METRICS_FILE) as out:
-        out.write(log.to_bytes())
+    write_log(context, sinks)
     payload: dict[str, Json] = {
         "architecture": asdict(job.architecture),
         "num_features": model.backbone.num_features,
@@ -239,21 +233,3 @@ def _encoded(job: NetworkJob, split: str, paths: list[str]) -> Iterator[EncodedB
             ids_to_array(table.column("example_id")), table.column("image").to_pylist(), labels.indices_L[low:high], offsets
         )
         start = stop
-
-
-def progress_teller(context: UnitContext) -> Callable[[TrainingProgress], None]:
-    """Passes a training's progress on to the unit's, with the step of its newest checkpoint."""
-
-    def tell(at: TrainingProgress) -> None:
-        values: dict[str, float | int | str] = {"examples/s": round(at.examples_per_second, 1), "step": at.step}
-        if at.loss is not None:
-            values["loss"] = round(at.loss, 5)
-        if at.checkpoint is not None:
-            values["checkpoint"] = at.checkpoint
-        if at.validation_precision_at_1 is not None:
-            values["precision@1"] = round(at.validation_precision_at_1, 5)
-        if at.computing is not None:
-            values["computing"] = round(at.computing, 3)
-        context.progress(at.step, at.total_steps, **values)
-
-    return tell
