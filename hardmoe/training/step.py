@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from hardmoe.data.loader import TrainingBatch
 from hardmoe.hashing import derive_seed
 from hardmoe.models.backbones import TagClassifier
+from hardmoe.models.single_values import running_statistics_for_single_values
 from hardmoe.training.augment import augment_images, draw_mix
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.config import TrainingConfig
@@ -24,7 +25,6 @@ from hardmoe.training.distillation import Teacher
 from hardmoe.training.inference import move_images, normalised
 from hardmoe.training.losses import TagLoss
 from hardmoe.training.optim import set_learning_rate
-from hardmoe.training.single_values import running_statistics_for_single_values
 
 
 @dataclass(frozen=True)
