@@ -64,6 +64,8 @@ class MoeLayer(nn.Module):
         self.dispatch = DISPATCHES[plan.dispatch]()
         self.observers: list[Callable[[Routing], None]] = []
         """Told of every routing; see `statistics`."""
+        self.dense_names: tuple[str, ...] = ()
+        """What of a dense network the experts stand for, by names within the layer's parent; see `upcycling`."""
         self.auxiliary_loss: Tensor | None = None
         """Of the last forward pass in training; whoever adds it to a loss takes it away, see `training.auxiliary`."""
 

@@ -1,7 +1,7 @@
 """In which precision things are computed under autocast."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 @contextmanager
 def full_precision(like: Tensor) -> Iterator[None]:
     """Run a block without autocast."""
-    with torch.autocast(like.device.type, enabled=False):
+    # The meta device knows no autocast.
+    with nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False):
         yield
 
 
