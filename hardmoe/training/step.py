@@ -18,6 +18,7 @@ from hardmoe.hashing import derive_seed
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.single_values import running_statistics_for_single_values
 from hardmoe.training.augment import augment_images, draw_mix
+from hardmoe.training.auxiliary import take_auxiliary_loss
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import seeded_step
@@ -76,6 +77,8 @@ class Stepper:
                 loss = self.loss(logits_BV, targets_BV)
                 if self.teacher is not None:
                     loss = self.teacher.blended(loss, logits_BV, images_B3SS, self.loss.name)
+            if (auxiliary := take_auxiliary_loss(self.model)) is not None:
+                loss = loss + auxiliary
             loss = loss * share
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -4,6 +4,7 @@ Shape letters: B images, T items of an image, G groups, S items of a group, D wi
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -83,6 +84,16 @@ class MoeLayer(nn.Module):
         outputs_BTY = ungroup(outputs_GSY, items_BTX.shape[0], items_BTX.shape[1])
         return outputs_BTY.reshape(len(outputs_BTY), *between, *outputs_BTY.shape[2:])
 
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.router.num_experts
+
+    @property
+    def num_active(self) -> int:
+        """How many of them an item passes; on average, where experts choose."""
+        return min(self.plan.k, self.num_experts)
+
     def limits(self, group_size: int) -> Limits:
         """The limits of a group of so many items."""
         plan, num_experts = self.plan, self.router.num_experts
@@ -99,3 +110,16 @@ def replan(network: nn.Module, **changes: int | float | bool) -> None:
     """Let all layers of a network route otherwise: fields of `Plan` by name, such as `k` or `inference_capacity_factor`."""
     for _, layer in moe_layers(network):
         layer.plan = replace(layer.plan, **changes)  # type: ignore[arg-type]
+
+
+@contextmanager
+def as_in_training(network: nn.Module) -> Iterator[None]:
+    """Let all layers of a network, while a block runs, have as many slots in evaluation mode as in training."""
+    plans = {name: layer.plan for name, layer in moe_layers(network)}
+    for _, layer in moe_layers(network):
+        layer.plan = replace(layer.plan, inference_capacity_factor=layer.plan.capacity_factor)
+    try:
+        yield
+    finally:
+        for name, layer in moe_layers(network):
+            layer.plan = plans[name]
