@@ -53,8 +53,17 @@ class Config(BaseModel):
         """The fields that decide what is computed, as plain JSON values; of a section within the section, its identity."""
         unused = {name for name in self.added_fields() if getattr(self, name) == type(self).model_fields[name].default}
         values = self.model_dump(mode="json", exclude=self.operational_fields() | unused)
-        return {name: inner.identity() if isinstance(inner := getattr(self, name), Config) else values[name] for name in values}
+        return {name: _identity_of(getattr(self, name), value) for name, value in values.items()}
 
     def operational_values(self) -> dict[str, Json]:
         """The other fields: places, threads, intervals."""
         return self.model_dump(mode="json", include=self.operational_fields())
+
+
+def _identity_of(value: Any, dumped: Json) -> Json:
+    """Of a field's value, as it is when dumped; of sections within it, their identities."""
+    if isinstance(value, Config):
+        return value.identity()
+    if isinstance(value, dict) and any(isinstance(each, Config) for each in value.values()):
+        return {key: _identity_of(each, dumped[key]) for key, each in value.items()}
+    return dumped

@@ -225,7 +225,7 @@ def _rival(recipe: Recipe, stages: list[Stage], name: str, rival: RivalConfig) -
     """Add a network of all images that starts from fresh weights, its embeddings and its refitted decoder."""
     network, embeddings, decoder = rival_network(name), f"{RIVALS}/{name}/embeddings", f"{RIVALS}/{name}/decoder"
     epochs = rival.epochs or recipe.trunk.epochs + recipe.experts.epochs
-    config = recipe.trunk.model_copy(update={"backbone": rival.backbone, "stem": rival.stem, "epochs": epochs})
+    config = recipe.trunk.model_copy(update={"backbone": rival.backbone, "stem": rival.stem, "moe": rival.moe, "epochs": epochs})
     stages.append(trunk_stage(config, recipe.seed, network))
     stages.append(embeddings_stage(embeddings, "dataset", {0: network}, partitioned=False))
     stages.append(decoder_stage(recipe.decoder.of_one_fit(), 1, recipe.seed, decoder, embeddings, start=network))

@@ -66,6 +66,12 @@ class Recipe(Config):
                         f"experts.init is 'trunk' but experts.{key} '{own}' is not the trunk's '{trunk}'; "
                         "set experts.init: random, or leave experts.backbone out"
                     )
+            if self.experts.moe != self.trunk.moe:
+                raise ValueError(
+                    "experts.init is 'trunk' but experts.moe is not the trunk's; set experts.init: random, or leave "
+                    "experts.backbone "
+                    "and experts.moe out"
+                )
         if self.experts.budget == "examples" and self.partition.has_extra_copies:
             raise ValueError(
                 "experts.budget: examples gives every expert as many images, where partition.overlap and "

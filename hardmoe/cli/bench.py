@@ -21,7 +21,7 @@ def bench_data(options: Mapping[str, Any], rows: int, seconds: float, as_json: b
 
     recipe = recipe_of(options)
     trunk = recipe.trunk
-    network = Architecture(trunk.backbone, trunk.stem, trunk.image_size, num_tags=0, decode=trunk.decode)
+    network = Architecture(trunk.backbone, trunk.stem, trunk.image_size, num_tags=0, decode=trunk.decode, moe=trunk.moe)
     threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
     speed = measure_speed(recipe.dataset, network, threads or 1, rows, seconds)
     if as_json:

@@ -173,6 +173,9 @@ def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
         counts = (cost["parameters"], cost["active_parameters"], cost["flops"])
         told = [*map(format_large, counts), f"{cost['images_seen']:,}", format_large(cost["training_flops"])]
         rows.append((system, *told))
+    if any("routed_flops" in cost for cost in costs.values()):
+        shares = [f"{100 * cost.get('routed_flops', 0) / cost['flops']:.1f} %" for cost in costs.values()]
+        rows = [(*row, last) for row, last in zip(rows, ["routed of it", *shares], strict=True)]
     if costs:
         click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
 

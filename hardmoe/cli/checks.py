@@ -52,7 +52,7 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
         from hardmoe.models.probe import check_branch
 
         trunk = recipe.trunk
-        check_branch(trunk.backbone, recipe.experts.shared_stage, image_size=trunk.image_size, stem=trunk.stem)
+        check_branch(trunk.backbone, recipe.experts.shared_stage, image_size=trunk.image_size, stem=trunk.stem, moe=trunk.moe)
     if "expert" in missing and (recipe.experts.init_path or recipe.experts.init_root):
         _check_start(recipe)
 
@@ -115,10 +115,10 @@ def _probed_width(recipe: Recipe) -> int | None:
     from hardmoe.models.probe import probe_backbone
 
     size = recipe.trunk.image_size
-    trunk_width = probe_backbone(recipe.trunk.backbone, image_size=size, stem=recipe.trunk.stem)
+    trunk_width = probe_backbone(recipe.trunk.backbone, image_size=size, stem=recipe.trunk.stem, moe=recipe.trunk.moe)
     if recipe.experts.backbone is None:
         return trunk_width
-    width = probe_backbone(recipe.experts.backbone, image_size=size, stem=recipe.experts.stem)
+    width = probe_backbone(recipe.experts.backbone, image_size=size, stem=recipe.experts.stem, moe=recipe.experts.moe)
     if recipe.experts.decoder == "fixed" and width is not None and trunk_width is not None:
         from hardmoe.experts.start import check_decoder_fits
 
@@ -134,7 +134,7 @@ def _check_rivals(recipe: Recipe, plan: Plan) -> None:
             from hardmoe.models.probe import probe_backbone
 
             try:
-                width = probe_backbone(rival.backbone, image_size=recipe.trunk.image_size, stem=rival.stem)
+                width = probe_backbone(rival.backbone, image_size=recipe.trunk.image_size, stem=rival.stem, moe=rival.moe)
                 if width is not None:
                     _check_decoder(recipe.decoder, width)
             except RecipeError as error:
@@ -147,7 +147,7 @@ def _check_start(recipe: Recipe) -> None:
     from hardmoe.training.network import Architecture
 
     trunk, experts = recipe.trunk, recipe.experts
-    own = Architecture(trunk.backbone, trunk.stem, trunk.image_size, 1, trunk.decode)
+    own = Architecture(trunk.backbone, trunk.stem, trunk.image_size, 1, trunk.decode, trunk.moe)
     architecture = expert_architecture(experts, own, 1)
     if experts.init_path is not None:
         check_file(experts.init_path, architecture)
@@ -174,7 +174,10 @@ def _features_width(recipe: Recipe, plan: Plan) -> int | None:
     elif not recipe.features.path:
         from hardmoe.models.probe import probe_backbone
 
-        width = probe_backbone(recipe.trunk.backbone, image_size=recipe.trunk.image_size, stem=recipe.trunk.stem)
+        trunk_config = recipe.trunk
+        width = probe_backbone(
+            trunk_config.backbone, image_size=trunk_config.image_size, stem=trunk_config.stem, moe=trunk_config.moe
+        )
     return width
 
 

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hardmoe.config import Config, added
+from hardmoe.models.moe.config import MoeConfig
 
 SYSTEMS = (
     "trunk",
@@ -29,6 +30,8 @@ class RivalConfig(Config):
     """As `trunk.backbone`."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """As `trunk.stem`."""
+    moe: MoeConfig = added(MoeConfig())
+    """As `trunk.moe`."""
     epochs: int | None = Field(None, ge=1)
     """How often it sees every image; null for as often as trunk and experts together."""
 

@@ -32,6 +32,8 @@ class Cost:
     """Images shown while its networks were trained, and those that they started from."""
     training_flops: int
     """Operations of that training, and of what followed it; see the module."""
+    routed_flops: int = 0
+    """Of `flops`, those of experts within layers of its networks."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class TrainedNetwork:
     def of(cls, network: InputArtifact, branch_at: str | None = None) -> "TrainedNetwork":
         """From an artifact's record."""
         seen, payload = architecture_of(network), network.payload
-        size = measure_backbone(seen.backbone, image_size=seen.image_size, stem=seen.stem, branch_at=branch_at)
+        size = measure_backbone(seen.backbone, image_size=seen.image_size, stem=seen.stem, branch_at=branch_at, moe=seen.moe)
         return cls(size, (payload["num_features"] + 1) * seen.num_tags, payload["examples_seen"])
 
     @property
     def training_flops(self) -> int:
         """See the module."""
-        moved = self.size.flops - self.size.shared_flops + 2 * self.decoder_parameters
+        moved = self.size.flops - self.size.spared_flops - self.size.shared_flops + 2 * self.decoder_parameters
         return self.images_seen * (3 * moved + self.size.shared_flops)
 
 
@@ -91,7 +93,8 @@ def cost_of(context: Context, system: str) -> Json:
     gate = TrainedNetwork.of(context.input(f"{system}:gate")) if told.get("gate") else None
     layer = SharedLayer.of(context.input(f"{system}:decoder-0000")) if told["shared"] else None
     images: int = context.input("vocabulary").payload["labelled"]["train"]
-    return asdict(total_cost(networks, starts, gate, layer, told["passes"], images))
+    cost = asdict(total_cost(networks, starts, gate, layer, told["passes"], images))
+    return cost if cost["routed_flops"] else {name: value for name, value in cost.items() if name != "routed_flops"}
 
 
 def total_cost(
@@ -118,9 +121,16 @@ def total_cost(
     own_parameters, own_flops = size.parameters - size.shared_parameters, size.flops - size.shared_flops
     parameters = len(networks) * own_parameters
     parameters += len(networks) * one.decoder_parameters if layer is None else layer.parameters
-    active = passes * own_parameters + (one.decoder_parameters if layer is None else layer.active_parameters)
     # The stages that experts share with the gate are counted there; a dense network that holds them has them to itself.
-    first = BackboneSize(size.shared_flops, size.shared_parameters) if gate is None else gate.size
+    held = BackboneSize(
+        size.shared_flops,
+        size.shared_parameters,
+        inactive_parameters=size.shared_inactive_parameters,
+        routed_flops=size.shared_routed_flops,
+    )
+    first = held if gate is None else gate.size
+    active = passes * (own_parameters - size.inactive_parameters) + first.parameters - first.inactive_parameters
+    active += one.decoder_parameters if layer is None else layer.active_parameters
     training = sum(network.training_flops for network in (*networks, *starts))
     if gate is not None:
         training += num_images * gate.size.flops
@@ -128,8 +138,9 @@ def total_cost(
         training += num_images * size.flops + 3 * layer.images_seen * decoding
     return Cost(
         parameters=parameters + first.parameters,
-        active_parameters=active + first.parameters,
+        active_parameters=active,
         flops=passes * (own_flops + decoding) + first.flops,
         images_seen=sum(network.images_seen for network in (*networks, *starts)),
         training_flops=training,
+        routed_flops=passes * size.routed_flops + first.routed_flops,
     )

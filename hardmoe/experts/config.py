@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hardmoe.config import Json, added, operational
+from hardmoe.models.moe.config import MoeConfig
 from hardmoe.training.config import DistillConfig, Gpus, TrainingConfig
 
 _RUN = "run:"
@@ -17,6 +18,8 @@ class ExpertsConfig(TrainingConfig):
     """As `trunk.backbone`; null for the trunk's own."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """As `trunk.stem`; the trunk's own where `backbone` is null."""
+    moe: MoeConfig = added(MoeConfig())
+    """As `trunk.moe`; the trunk's own where `backbone` is null."""
     init: str = "trunk"
     """Where an expert starts: `trunk`, from the trunk's weights; `random`, from fresh ones; the path or URI of a file of
     weights, `….safetensors`, of the same network, which bears identity by its content; or `run:ROOT`, from the one of that run's
@@ -67,6 +70,14 @@ class ExpertsConfig(TrainingConfig):
             )
         if self.init_root == "":
             raise ValueError("init: 'run:' names no run; give its root, as in run:runs/january")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_backbone_of_its_own_to_describe(self) -> Self:
+        if self.backbone is None and self.moe != MoeConfig():
+            raise ValueError(
+                "moe describes experts.backbone, which is null; set it too, or describe the trunk's network in trunk.moe"
+            )
         return self
 
     @model_validator(mode="after")

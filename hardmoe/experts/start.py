@@ -23,8 +23,8 @@ from hardmoe.training.pretrained import fitting_weights, read_weights, translate
 def expert_architecture(config: ExpertsConfig, trunk: Architecture, num_tags: int) -> Architecture:
     """The network of every expert: the trunk's own, or another for the same images."""
     if config.backbone is None:
-        return Architecture(trunk.backbone, trunk.stem, trunk.image_size, num_tags, trunk.decode)
-    return Architecture(config.backbone, config.stem, trunk.image_size, num_tags, trunk.decode)
+        return replace(trunk, num_tags=num_tags)
+    return Architecture(config.backbone, config.stem, trunk.image_size, num_tags, trunk.decode, config.moe)
 
 
 def start_of(context: UnitContext, config: ExpertsConfig, architecture: Architecture) -> Start:

@@ -25,9 +25,9 @@ from hardmoe.data.images import UndecodableImageError, decode, load_square, resi
 from hardmoe.data.sources.base import RawExample
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError
-from hardmoe.models.backbones import Backbone, build_backbone
+from hardmoe.models.backbones import Backbone
 from hardmoe.training.inference import device_images, predict_batches
-from hardmoe.training.network import Architecture
+from hardmoe.training.network import Architecture, backbone_of
 from hardmoe.training.staging import EncodedImage, Staging, inference_batch_size, staged_batches
 
 _KEPT_DECODED = 64
@@ -96,7 +96,7 @@ def measure_speed(dataset: DatasetConfig, network: Architecture, num_threads: in
     encoded = _decodable(encoded, dataset)
     good = {content_id(data) for data in encoded}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = build_backbone(network.backbone, image_size=size, seed=0, stem=network.stem).to(device).eval()
+    backbone = backbone_of(network, seed=0).to(device).eval()
     decoded = _some_decoded(encoded, limit)
     on_cpu = device.type == "cpu"
     previous = torch.get_num_threads()

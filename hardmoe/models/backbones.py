@@ -8,6 +8,7 @@ more gives `package.module:factory`. Torchvision takes two seconds to import, an
     resnet18, convnext_tiny, vit_b_16, …   torchvision's classification models, head removed
     resnet20 … resnet110, resnet20_w8      He et al.'s networks for 32x32 images, optionally of another base width
     quicknet_w12, quicknet_w24, …          four blocks behind a stride-2 stem, for studies on a laptop
+    moe_resnet18, vmoe_s32, moe_vit_small, … networks with layers of experts, see `moe.networks`
     timm/convnext_atto, timm/vit_…         timm's models, head removed (extra `timm`)
     package.module:factory                 your own: factory(image_size=…) -> nn.Module with `num_features`
 
@@ -19,12 +20,16 @@ import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from hardmoe.errors import RecipeError
+from hardmoe.models.moe.config import MoeConfig
+
+if TYPE_CHECKING:
+    from hardmoe.models.moe.networks.build import MoeRecipe
 
 STEMS = ("auto", "small", "imagenet")
 SMALL_IMAGE = 64
@@ -106,7 +111,7 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
         yield
 
 
-def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto") -> Backbone:
+def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto", moe: MoeConfig | None = None) -> Backbone:
     """Build a backbone with fresh weights.
 
     Args:
@@ -115,14 +120,15 @@ def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto")
         seed: decides the initial weights.
         stem: for torchvision's ResNets only. `small` is a 3x3 convolution of stride 1 without pooling, `imagenet` the
             original one, `auto` is `small` up to 64 pixels.
+        moe: the layers of experts, for networks that have some; None for the network's own.
 
     Raises:
-        RecipeError: the name is unknown, or does not go with the image size or the stem.
+        RecipeError: the name is unknown, or does not go with the image size, the stem or the experts.
     """
     if stem not in STEMS:
         raise RecipeError(f"unknown stem '{stem}'; it is one of {', '.join(STEMS)}")
     with seeded_initialisation(seed):
-        backbone = _build(name, image_size, stem)
+        backbone = _build(name, image_size, stem, moe)
     if stem != "auto" and (":" in name or "/" in name or not _is_torchvision_resnet(backbone.network)):
         raise RecipeError(
             f"the backbone '{name}' has no stem '{stem}'; only torchvision's ResNets have a choice, so use stem: auto"
@@ -130,7 +136,17 @@ def build_backbone(name: str, *, image_size: int, seed: int, stem: str = "auto")
     return backbone
 
 
-def _build(name: str, image_size: int, stem: str) -> Backbone:
+def _build(name: str, image_size: int, stem: str, moe: MoeConfig | None) -> Backbone:
+    from hardmoe.models.moe.networks.build import moe_recipe
+
+    if (recipe := moe_recipe(name)) is not None:
+        return _with_experts(name, recipe, image_size, stem, moe)
+    if moe is not None and moe != MoeConfig():
+        raise RecipeError(
+            f"the backbone '{name}' has no layers of experts for `moe` to describe; take `moe` out, or choose one "
+            f"that has, such as "
+            "moe_resnet18 or vmoe_s32"
+        )
     if ":" in name:
         return _from_factory(name, image_size)
     if name.startswith("timm/"):
@@ -161,9 +177,10 @@ def _is_torchvision_resnet(network: nn.Module) -> bool:
 def _suggestion(name: str) -> str:
     import torchvision
 
+    from hardmoe.models.moe.networks.build import NAMES
     from hardmoe.models.resnet import CIFAR_DEPTHS
 
-    known = [*torchvision.models.list_models(module=torchvision.models), "quicknet_w12", "quicknet_w24"]
+    known = [*NAMES, *torchvision.models.list_models(module=torchvision.models), "quicknet_w12", "quicknet_w24"]
     known += [f"resnet{depth}" for depth in CIFAR_DEPTHS] + ["resnet20_w8"]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     nearest = f"did you mean {' or '.join(close)}? " if close else ""
@@ -184,15 +201,37 @@ def _from_torchvision(name: str, image_size: int, stem: str) -> Backbone:
     try:
         network = torchvision.models.get_model(name, weights=None, **options)
     except (AssertionError, ValueError) as error:
-        raise RecipeError(
-            f"the backbone '{name}' cannot be built for images of {image_size} pixels ({error}); "
-            "set another trunk.image_size or choose another backbone"
-        ) from error
-    if isinstance(network, torchvision.models.ResNet) and (stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE)):
-        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()
+        raise _does_not_fit(name, image_size, error) from error
+    _fit_stem(network, image_size, stem)
     return Backbone(network, _remove_head(name, network))
+
+
+def _with_experts(name: str, recipe: "MoeRecipe", image_size: int, stem: str, moe: MoeConfig | None) -> Backbone:
+    try:
+        network = recipe.dense(image_size)
+    except (AssertionError, ValueError) as error:
+        raise _does_not_fit(name, image_size, error) from error
+    _fit_stem(network, image_size, stem)
+    recipe.put_experts(network, moe)
+    return Backbone(network, _remove_head(name, network))
+
+
+def _fit_stem(network: nn.Module, image_size: int, stem: str) -> None:
+    """Give one of torchvision's ResNets the stem that it is to have."""
+    if _is_torchvision_resnet(network) and (stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE)):
+        dense = network.get_submodule("conv1")
+        assert isinstance(dense, nn.Conv2d)
+        convolution = nn.Conv2d(3, dense.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        network.add_module("conv1", convolution)
+        network.add_module("maxpool", nn.Identity())
+
+
+def _does_not_fit(name: str, image_size: int, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"the backbone '{name}' cannot be built for images of {image_size} pixels ({error}); "
+        "set another trunk.image_size or choose another backbone"
+    )
 
 
 def _remove_head(name: str, network: nn.Module) -> int:

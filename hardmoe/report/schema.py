@@ -23,6 +23,7 @@ class Cost(TypedDict):
 
     parameters: int
     active_parameters: int
+    routed_flops: NotRequired[int]
     flops: int
     images_seen: int
     training_flops: int

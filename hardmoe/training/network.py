@@ -8,7 +8,7 @@ read and where they start, which are arguments.
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,9 @@ from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.loader import EncodedBatch, ExampleSet
 from hardmoe.data.reading import example_shards, labels_of, num_trained_on, read_examples, training_shards
 from hardmoe.errors import CorruptFileError, HardmoeError
-from hardmoe.models.backbones import TagClassifier, build_backbone
+from hardmoe.models.backbones import Backbone, TagClassifier, build_backbone
 from hardmoe.models.branching import split
+from hardmoe.models.moe.config import MoeConfig
 from hardmoe.stage import InputArtifact, UnitContext
 from hardmoe.tables import ids_to_array
 from hardmoe.training.config import TrainingConfig
@@ -45,6 +46,13 @@ class Architecture:
     num_tags: int
     decode: str
     """`full` or `reduced`: how JPEGs are decoded for it, in training and in use alike."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    """Its layers of experts, of backbones that have some."""
+
+    def to_json(self) -> Json:
+        """As it is recorded; of the layers of experts, what differs from the backbone's own."""
+        told = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "moe"}
+        return told | ({"moe": identity} if (identity := self.moe.identity()) else {})
 
     @property
     def reduced(self) -> bool:
@@ -112,8 +120,13 @@ def training_devices(context: UnitContext) -> list[torch.device]:
 
 def build_network(architecture: Architecture, seed: int) -> TagClassifier:
     """A network with fresh weights."""
-    backbone = build_backbone(architecture.backbone, image_size=architecture.image_size, seed=seed, stem=architecture.stem)
-    return TagClassifier(backbone, architecture.num_tags, seed=seed)
+    return TagClassifier(backbone_of(architecture, seed), architecture.num_tags, seed=seed)
+
+
+def backbone_of(architecture: Architecture, seed: int) -> Backbone:
+    """Its backbone with fresh weights."""
+    size, stem, moe = architecture.image_size, architecture.stem, architecture.moe
+    return build_backbone(architecture.backbone, image_size=size, seed=seed, stem=stem, moe=moe)
 
 
 def load_weights(network: InputArtifact) -> dict[str, Tensor]:
@@ -139,7 +152,8 @@ def load_network(network: InputArtifact) -> TagClassifier:
 
 def architecture_of(network: InputArtifact) -> Architecture:
     """Which network an artifact holds."""
-    return Architecture(**network.payload["architecture"])
+    told = network.payload["architecture"]
+    return Architecture(**{**told, "moe": MoeConfig.model_validate(told.get("moe", {}))})
 
 
 def train_network(context: UnitContext, job: NetworkJob, description_file: str) -> Json:
@@ -162,7 +176,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
         out.write(safetensors.torch.save(weights))
     write_log(context, sinks)
     payload: dict[str, Json] = {
-        "architecture": asdict(job.architecture),
+        "architecture": job.architecture.to_json(),
         "num_features": model.backbone.num_features,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "unique_examples": len(examples),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hardmoe.data.places import read_place
 from hardmoe.errors import DataError, RecipeError
 from hardmoe.models.backbones import TagClassifier
+from hardmoe.models.moe.upcycling import upcycled
 
 _BACKBONE, _WEIGHT, _BIAS = "backbone.network.", "decoder.weight", "decoder.bias"
 _COUNTER = "num_batches_tracked"
@@ -82,6 +83,7 @@ def fitting_weights(model: TagClassifier, tensors: Mapping[str, Tensor], place: 
     """
     if not any(name.startswith(_BACKBONE) for name in tensors):
         tensors = {_BACKBONE + name: tensor for name, tensor in tensors.items()}
+    tensors = {**tensors, **upcycled(model, tensors)}
     wanted = model.state_dict()
     found: dict[str, Tensor] = {}
     for name, tensor in wanted.items():

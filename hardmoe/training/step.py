@@ -16,7 +16,9 @@ from torch import Tensor, nn, optim
 from hardmoe.data.loader import TrainingBatch
 from hardmoe.hashing import derive_seed
 from hardmoe.models.backbones import TagClassifier
+from hardmoe.models.single_values import running_statistics_for_single_values
 from hardmoe.training.augment import augment_images, draw_mix
+from hardmoe.training.auxiliary import take_auxiliary_loss
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import seeded_step
@@ -24,7 +26,6 @@ from hardmoe.training.distillation import Teacher
 from hardmoe.training.inference import move_images, normalised
 from hardmoe.training.losses import TagLoss
 from hardmoe.training.optim import set_learning_rate
-from hardmoe.training.single_values import running_statistics_for_single_values
 from hardmoe.training.team import Seat, Team, sum_losses
 
 
@@ -77,6 +78,8 @@ class Gradients:
             loss = self.loss(logits_BV, targets_BV)
             if self.teacher is not None:
                 loss = self.teacher.blended(loss, logits_BV, images_B3SS, self.loss.name)
+        if (auxiliary := take_auxiliary_loss(self.model)) is not None:
+            loss = loss + auxiliary
         loss = loss * share
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -2,7 +2,7 @@
 
 The unit's own process leads. It holds all that a training is: weights, optimiser, average, checkpoints, what the validation said.
 Every further device has a helper, a process that knows the examples and a copy of the network and keeps nothing from one step to
-the next: before a step it is sent the parameters that train, afterwards its gradient is added to the leader's, which alone takes
+the next: before a step it is sent the parameters that train and the buffers, afterwards its gradient is added to the leader's, which alone takes
 the step. Parameters out and gradients in are as many bytes as the usual all-reduce; and since helpers have no state, resuming,
 going back after a lost loss, early stops and averages are those of one device, without a line of their own. Decoded images are
 shared through a file of no name, which the system pages.
@@ -200,7 +200,7 @@ def joined(seat: Seat) -> Iterator[None]:
 def share_step(model: nn.Module) -> Iterator[None]:
     """What all processes do around a gradient: begin with the leader's parameters, end with the sum of the gradients in it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _send(parameters)
+    _send([*parameters, *(buffer for buffer in model.buffers() if buffer.is_floating_point())])
     with shared_batch_norm(model):
         yield
     _sum_gradients(parameters)
@@ -213,13 +213,13 @@ def sum_losses(share: Tensor) -> Tensor:
     return total
 
 
-def _send(parameters: Sequence[nn.Parameter]) -> None:
-    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+def _send(state: Sequence[Tensor]) -> None:
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in state])
     distributed.broadcast(flat, 0)
     if distributed.get_rank() > 0:
         with torch.no_grad():
-            for parameter, piece in zip(parameters, _pieces(flat, parameters), strict=True):
-                parameter.copy_(piece.view(parameter.shape))
+            for tensor, piece in zip(state, _pieces(flat, state), strict=True):
+                tensor.copy_(piece.view(tensor.shape))
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

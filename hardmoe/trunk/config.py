@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from hardmoe.config import operational
+from hardmoe.config import added, operational
+from hardmoe.models.moe.config import MoeConfig
 from hardmoe.training.config import Gpus, TrainingConfig
 
 
@@ -16,6 +17,8 @@ class TrunkConfig(TrainingConfig):
     `package.module:factory` for your own."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """First layers of torchvision's ResNets: `small` keeps the resolution of small images; `auto` is `small` up to 64 px."""
+    moe: MoeConfig = added(MoeConfig())
+    """Layers of experts, of backbones that have some, such as `moe_resnet18` and `vmoe_s32`."""
     image_size: int = Field(32, ge=8, le=1024)
     """Side in pixels to which every image is resized (shorter side, then centre crop), for trunk and experts alike."""
     decode: Literal["full", "reduced"] = "full"

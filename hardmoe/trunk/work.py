@@ -23,7 +23,9 @@ class TrunkWork:
         config = context.stage.section(TrunkConfig, "trunk")
         vocabulary = context.input("vocabulary")
         job = NetworkJob(
-            architecture=Architecture(config.backbone, config.stem, config.image_size, num_tags(vocabulary), config.decode),
+            architecture=Architecture(
+                config.backbone, config.stem, config.image_size, num_tags(vocabulary), config.decode, config.moe
+            ),
             examples=open_examples(context, "dataset"),
             expert=None,
             vocabulary=vocabulary,

@@ -33,6 +33,9 @@ IDENTITY = """
     trunk.loss trunk.class_weights trunk.label_smoothing trunk.early_stop trunk.keep
     trunk.augment.crop trunk.augment.crop_ratio trunk.augment.flip trunk.augment.jitter trunk.augment.randaugment
     trunk.augment.magnitude trunk.augment.mixup trunk.augment.cutmix
+    trunk.moe.placement trunk.moe.num_experts trunk.moe.k trunk.moe.mlp_ratio trunk.moe.capacity_factor
+    trunk.moe.inference_capacity_factor trunk.moe.priority trunk.moe.group_images trunk.moe.router trunk.moe.noise
+    trunk.moe.constraint trunk.moe.loss_weight trunk.moe.threshold trunk.moe.dropout trunk.moe.dispatch
     partition.experts partition.method partition.fine_clusters partition.slack partition.overlap
     partition.out_of_part_fraction
     partition.transform partition.components partition.spherical
@@ -45,6 +48,9 @@ IDENTITY = """
     experts.budget experts.loss experts.class_weights experts.label_smoothing experts.early_stop experts.keep
     experts.augment.crop experts.augment.crop_ratio experts.augment.flip experts.augment.jitter experts.augment.randaugment
     experts.augment.magnitude experts.augment.mixup experts.augment.cutmix
+    experts.moe.placement experts.moe.num_experts experts.moe.k experts.moe.mlp_ratio experts.moe.capacity_factor
+    experts.moe.inference_capacity_factor experts.moe.priority experts.moe.group_images experts.moe.router experts.moe.noise
+    experts.moe.constraint experts.moe.loss_weight experts.moe.threshold experts.moe.dropout experts.moe.dispatch
     decoder.epochs decoder.align decoder.rank decoder.dim decoder.temperature decoder.loss decoder.classes decoder.sampled_tags
     decoder.rounds decoder.round_epochs
     decoder.batch_size decoder.learning_rate decoder.weight_decay
@@ -54,6 +60,10 @@ IDENTITY = """
     seed
 """
 """What is computed: a change of any of these is another run."""
+
+MOE = ["placement", "num_experts", "k", "mlp_ratio", "capacity_factor", "inference_capacity_factor", "priority", "router"]
+MOE += ["noise", "constraint", "loss_weight", "threshold", "dropout"]
+"""Keys of `moe` that say nothing until they are set."""
 
 ADDED = {
     "dataset.part_column": None,
@@ -102,6 +112,9 @@ ADDED = {
             "augment.magnitude": 9,
             "augment.mixup": 0.0,
             "augment.cutmix": 0.0,
+            **{f"moe.{key}": None for key in MOE},
+            "moe.group_images": 8,
+            "moe.dispatch": "grouped",
         }.items()
     },
 }
@@ -167,7 +180,7 @@ def test_sections_that_came_later_are_off_until_something_in_them_is_set() -> No
     sections = _sections()
     later = [(section, name) for section in sections.values() for name in section.added_fields()]
     nested = [section.model_fields[name] for section, name in later if isinstance(section.model_fields[name].default, Config)]
-    assert len(nested) == 3
+    assert len(nested) == 5
     for field in nested:
         assert field.default == field.annotation()
         assert field.default.identity() == {}

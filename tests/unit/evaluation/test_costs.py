@@ -40,3 +40,15 @@ def test_stages_shared_with_the_gate_count_once() -> None:
     assert found.training_flops == 4_000 * (3 * (60 + 20) + 40) + 2_000 * TRUNK_STEP + IMAGES * 100
     dense = total_cost(experts[:1], [TRUNK], None, None, 1, IMAGES)
     assert (dense.parameters, dense.active_parameters, dense.flops) == (60, 60, 120)
+
+
+def test_experts_within_a_network_count_in_part() -> None:
+    size = BackboneSize(100, 50, inactive_parameters=20, routed_flops=30, spared_flops=10)
+    network = TrainedNetwork(size, 10, 1_000)
+    found = total_cost([network], [], None, None, 1, IMAGES)
+    assert (found.parameters, found.active_parameters) == (60, 40)
+    assert (found.flops, found.routed_flops) == (120, 30)
+    assert found.training_flops == 1_000 * 3 * (100 - 10 + 20)
+    gated = total_cost([network, network], [], network, None, 2, IMAGES)
+    assert (gated.parameters, gated.active_parameters) == (50 + 2 * 60, 30 + 2 * 30 + 10)
+    assert gated.routed_flops == 3 * 30

@@ -17,6 +17,7 @@ from torch import nn
 from hardmoe.data.loader import ExampleSet
 from hardmoe.errors import HardmoeError, PreemptedError, StorageError
 from hardmoe.models.backbones import TagClassifier, build_backbone, normalise_images
+from hardmoe.models.single_values import running_statistics_for_single_values
 from hardmoe.storage import LocalStorage
 from hardmoe.training import loop
 from hardmoe.training.checkpoint import Checkpoints
@@ -25,7 +26,6 @@ from hardmoe.training.loop import TrainingReferences, TrainingResult, train
 from hardmoe.training.metrics_log import MetricsLog
 from hardmoe.training.optim import learning_rate_at
 from hardmoe.training.reporting import TrainingProgress, TrainingSinks
-from hardmoe.training.single_values import running_statistics_for_single_values
 from hardmoe.training.validation import validate
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What runs on the items that were sent to it."""
