@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hardmoe.artifacts.fingerprint import digest
 from hardmoe.artifacts.gate import has_features_from_elsewhere, has_random_parts
 from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
@@ -103,7 +104,8 @@ class Mixture:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         trunk = store.get("trunk")
         architecture = architecture_of(trunk)
-        self._reduced = architecture.reduced
+        self.reduced = architecture.reduced
+        """Whether the JPEG decoder may scale down while it decodes."""
         self.image_size = architecture.image_size
         """S: images are resized (shorter side, then centre crop) to so many pixels."""
         self._trunk = load_network(trunk).to(self.device)
@@ -167,6 +169,21 @@ class Mixture:
         """K."""
         return self.router.num_experts
 
+    @property
+    def piece_size(self) -> int:
+        """How many images are decoded and routed at a time."""
+        return max(1, _PIECE_BYTES // (3 * self.image_size**2))
+
+    @cached_property
+    def artifacts(self) -> dict[str, Artifact]:
+        """All that answers depend on, by name."""
+        names = ["trunk", "router", "decoder", "vocabulary", *(f"experts/{expert_name(e)}" for e in range(self.num_experts))]
+        return {name: self.store.get(name) for name in names}
+
+    def identity(self) -> str:
+        """A digest of all that answers depend on; another one after anything was trained again."""
+        return digest({name: artifact.record_digest for name, artifact in self.artifacts.items()})
+
     def route(self, images: "Sequence[GivenImage]") -> NDArray[np.int32]:
         """The expert of every image, int32 [N]; images as for `predict`."""
         found = [self.route_seen(seen) for seen in self._all_seen(images)]
@@ -200,7 +217,7 @@ class Mixture:
 
     def pixels(self, images: "Sequence[GivenImage]", max_pixels: int = PILLOW_MAX_PIXELS) -> NDArray[np.uint8]:
         """Images as the networks are shown them, uint8 [N, 3, S, S]; larger ones than `max_pixels` are refused."""
-        return squares(images, self.image_size, reduced=self._reduced, max_pixels=max_pixels)
+        return squares(images, self.image_size, reduced=self.reduced, max_pixels=max_pixels)
 
     def see(self, pixels_N3SS: NDArray[np.uint8]) -> Seen:
         """The images as gate and experts go on from them."""

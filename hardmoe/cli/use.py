@@ -1,0 +1,63 @@
+"""The commands that use a finished run: their options. What they do is in modules of their own, which import what is heavy.
+
+Rejected: all commands in one module, which would be past what one reads in a sitting.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from hardmoe.cli.options import recipe_options
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_K = 10
+
+
+def bulk_options(command: Command) -> Command:
+    """Options of the commands that look at many images."""
+    options = [
+        click.option(
+            "--source",
+            "source_path",
+            type=click.Path(path_type=Path),
+            metavar="RECIPE",
+            help="Read the images that the dataset section of this recipe names, from whatever source.",
+        ),
+        click.option("-o", "--out", help="Directory (path or URI) to write tables to, resumable; without it lines go to stdout."),
+        click.option(
+            "--format", "kind", type=click.Choice(["parquet", "jsonl"]), help="Of the tables.  [default: parquet]", default=None
+        ),
+        click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="What experts may take in each process."),
+        click.option("--parallel", type=click.IntRange(min=1), help="Start Ray; at most so many shards at a time."),
+        click.option("--address", help="Join this Ray cluster."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return recipe_options(command)
+
+
+@click.command()
+@click.argument("images", nargs=-1)
+@click.option("-k", "num_tags", type=click.IntRange(min=1), default=_K, show_default=True, help="Tags for each image.")
+@bulk_options
+def predict(images: tuple[str, ...], num_tags: int, **options: Any) -> None:
+    """Tags of images: of files and folders, or of any source that a recipe names."""
+    from hardmoe.cli.bulk import run_bulk
+
+    run_bulk(options, images, num_tags)
+
+
+@click.command()
+@click.argument("images", nargs=-1)
+@bulk_options
+def embed(images: tuple[str, ...], **options: Any) -> None:
+    """Places of images in the unified space: of files and folders, or of any source that a recipe names."""
+    from hardmoe.cli.bulk import run_bulk
+
+    run_bulk(options, images, None)
+
+
+COMMANDS: list[click.Command] = [predict, embed]
