@@ -17,7 +17,9 @@ from hardmoe.data.config import PILLOW_MAX_PIXELS, DatasetConfig
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError, DriftError, RecipeError
 from hardmoe.execution.backend import Backend
+from hardmoe.execution.plan import Plan
 from hardmoe.recipe import load_recipe
+from hardmoe.stage import Stage
 from hardmoe.storage import open_storage
 
 
@@ -84,7 +86,6 @@ def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Map
     from hardmoe.bulk.stage import BulkRequest, bulk_stage
     from hardmoe.bulk.work import source_digest
     from hardmoe.execution.display import make_display
-    from hardmoe.execution.plan import make_plan
     from hardmoe.execution.progress import Reporter
     from hardmoe.execution.runner import Runner, RunnerOptions
     from hardmoe.mixture import Mixture
@@ -95,17 +96,28 @@ def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Map
     digest = source_digest(dataset, out, request.name)
     stage = bulk_stage(request, dataset, digest, 1 if on_ray else _num_threads())
     store = ArtifactStore(out)
-    try:
-        plan = make_plan(store, [stage])
-    except DriftError as error:
-        rows = "; ".join(differences(store.get(stage.name).record.config, dict(stage.config)))
-        raise DriftError(f"{out.where(stage.name)} answers another request ({rows}); name another --out, or delete it") from error
+    plan = plan_alone(store, stage, "name another --out, or delete it")
     if plan.missing:
         reporter, limits = Reporter(out, make_display()), RunnerOptions(options["parallel"])
         Runner(store, partial(_backend, options["address"], on_ray), reporter, limits).run(plan)
     payload = plan.artifacts[stage.name].payload
     click.echo(out.where(stage.name))
     _tell(payload["rows"], payload["quarantined"], f"; they are listed in {out.where(stage.name)}/quarantine")
+
+
+def plan_alone(store: ArtifactStore, stage: Stage, remedy: str) -> Plan:
+    """The plan of a stage that no recipe asks for.
+
+    Raises:
+        DriftError: there is an artifact of that name that was asked for otherwise.
+    """
+    from hardmoe.execution.plan import make_plan
+
+    try:
+        return make_plan(store, [stage])
+    except DriftError as error:
+        rows = "; ".join(differences(store.get(stage.name).record.config, dict(stage.config)))
+        raise DriftError(f"{store.storage.where(stage.name)} answers another request ({rows}); {remedy}") from error
 
 
 def _backend(address: str | None, on_ray: bool) -> Backend:

@@ -14,6 +14,8 @@ from hardmoe.cli.options import recipe_options
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _K = 10
+_COUNT = 10
+_RECALL = 0.95
 
 
 def bulk_options(command: Command) -> Command:
@@ -60,4 +62,38 @@ def embed(images: tuple[str, ...], **options: Any) -> None:
     run_bulk(options, images, None)
 
 
-COMMANDS: list[click.Command] = [predict, embed]
+_VECTORS = click.option("--vectors", metavar="DIR", help="What 'hardmoe embed --out DIR' wrote, instead of the run's own images.")
+
+
+@click.command()
+@_VECTORS
+@click.option("--kind", type=click.Choice(["flat", "ivf", "ivfpq"]), help="Of the index.  [default: by the number of vectors]")
+@click.option(
+    "--recall",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=_RECALL,
+    show_default=True,
+    help="Share of the ten nearest that is to be found.",
+)
+@recipe_options
+def index(vectors: str | None, kind: str | None, recall: float, **options: Any) -> None:
+    """Index the unified space for 'hardmoe search'; print the recall against exact search."""
+    from hardmoe.cli.search import make_index
+
+    make_index(options, vectors, kind, recall)
+
+
+@click.command()
+@click.argument("query")
+@_VECTORS
+@click.option("-n", "count", type=click.IntRange(min=1), default=_COUNT, show_default=True, help="Images to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@recipe_options
+def search(query: str, vectors: str | None, count: int, as_json: bool, **options: Any) -> None:
+    """The images nearest to QUERY: an image's path or URI, or a hashtag such as '#sunset'."""
+    from hardmoe.cli import search as searching
+
+    searching.search(options, query, vectors, count, as_json)
+
+
+COMMANDS: list[click.Command] = [predict, embed, index, search]

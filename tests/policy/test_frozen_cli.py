@@ -31,6 +31,8 @@ COMMANDS: dict[str, set[str]] = {
     "stop": RECIPE | {"--timeout"},
     "predict": RECIPE | BULK | {"IMAGES", "-k"},
     "embed": RECIPE | BULK | {"IMAGES"},
+    "index": RECIPE | {"--vectors", "--kind", "--recall"},
+    "search": RECIPE | {"QUERY", "--vectors", "-n", "--json"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 
