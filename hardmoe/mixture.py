@@ -2,31 +2,40 @@
 
 An image costs one pass of the trunk and one of its expert, however many experts there are; where experts branch off the trunk
 (`experts.branch_at`), one of the stages that they share and two of the short rests. Experts are loaded when the first
-image is routed to them. What comes out is what the evaluation measured: features and embeddings pass through float16 here as
-they do on disk, so an image is sent to the same expert in use as in training.
+image is routed to them, and evicted again where memory is limited. The trunk's features pass through float16 here as they do on
+disk, and are float32 before that on any device, so an image is sent to the same expert in use as in training. The experts' do
+not: rounding would make two doors to one mixture, whose last bits differ, differ by 2^-11. A few images make a small batch, as
+one alone must not cost a batch of 256; the last bits then depend on how many came together, as matrix products do.
+
+Rejected: one call that does everything, which a server with replicas for experts could not be built of; `see`, `route_seen`,
+`embed_seen` and `decode` are its steps.
 
 Shape letters: N images, n some of them, S side in pixels, C channels of a map, H and W its sides, D features, Z unified dims,
 V tags.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hardmoe.artifacts.fingerprint import digest
 from hardmoe.artifacts.gate import has_features_from_elsewhere, has_random_parts
 from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.config import PILLOW_MAX_PIXELS
-from hardmoe.data.images import UndecodableImageError, load_square
+from hardmoe.data.given_images import pieces, squares
 from hardmoe.data.reading import tag_names
 from hardmoe.errors import DataError
 from hardmoe.evaluation.topk import log_weights
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.branching import split
+from hardmoe.models.network_cache import NetworkCache
 from hardmoe.models.shared_decoder import SharedDecoder, load_shared_decoder
 from hardmoe.partitioning.regroup import load_router
 from hardmoe.partitioning.router import Router
@@ -35,7 +44,27 @@ from hardmoe.training.inference import predict_features, predict_from_maps
 from hardmoe.training.network import architecture_of, load_network
 from hardmoe.training.staging import inference_batch_size
 
-_CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from hardmoe.data.given_images import GivenImage
+
+Precision = Literal["float32", "bfloat16"]
+_PIECE_BYTES = 256 * 2**20
+"""Images are decoded so many bytes of squares at a time."""
+
+
+@dataclass(frozen=True)
+class UseOptions:
+    """Where and how a mixture computes."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` is a GPU if there is one."""
+    precision: Precision = "float32"
+    """Of the experts' arithmetic; `bfloat16` is for GPUs, which do it faster. The trunk stays in float32, as it decides which
+    expert an image goes to."""
+    compiled: bool = False
+    """Whether networks go through `torch.compile`, which takes a minute for each and then saves some of the time."""
+    memory_gib: float | None = None
+    """What the experts may take together, in GiB; the one in use always stays. None for no limit."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +78,9 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """Images on their way through the mixture."""
 
-    image_size: int
     pixels_N3SS: NDArray[np.uint8]
     maps_NCHW: torch.Tensor | None = None
     """What the stages that all networks share make of them; None where they share none."""
@@ -66,22 +94,33 @@ class Mixture:
 
     Args:
         store: the artifacts of the run.
+        options: where and how to compute.
     """
 
-    def __init__(self, store: ArtifactStore) -> None:
-        self._store = store
-        self._experts: dict[int, TagClassifier] = {}
+    def __init__(self, store: ArtifactStore, options: UseOptions = UseOptions()) -> None:
+        self.store = store
+        self.options = options
+        name = options.device
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         trunk = store.get("trunk")
         architecture = architecture_of(trunk)
-        self._reduced = architecture.reduced
+        self.reduced = architecture.reduced
+        """Whether the JPEG decoder may scale down while it decodes."""
         self.image_size = architecture.image_size
         """S: images are resized (shorter side, then centre crop) to so many pixels."""
-        self._trunk = load_network(trunk)
+        self._trunk = load_network(trunk).to(self.device)
         self._backbone_name = architecture.backbone
+        most_bytes = None if options.memory_gib is None else int(options.memory_gib * 2**30)
+        self.experts: NetworkCache[TagClassifier] = NetworkCache(self._load_expert, most_bytes)
+        """The experts in memory."""
 
     @classmethod
-    def load(cls, root: str) -> "Mixture":
+    def load(cls, root: str, options: UseOptions = UseOptions()) -> "Mixture":
         """Open the mixture of a run.
+
+        Args:
+            root: the run's root, a path or URI.
+            options: where and how to compute.
 
         Raises:
             MissingRecordError: the run is not finished; names the artifact that is missing.
@@ -101,127 +140,183 @@ class Mixture:
                 f"the partition in {root} goes by features that were computed elsewhere (features.path), so a new image cannot "
                 "be sent to an expert; take a run without features.path"
             )
-        return cls(store)
+        return cls(store, options)
 
     @cached_property
     def router(self) -> Router:
         """The rule that sends the trunk's features to experts."""
-        return load_router(self._store.get("router"))
+        return load_router(self.store.get("router"))
 
     @cached_property
     def decoder(self) -> SharedDecoder:
         """The alignments and the shared decoder."""
-        return load_shared_decoder(self._store.get("decoder"))
+        return load_shared_decoder(self.store.get("decoder"))
 
     @cached_property
     def tags(self) -> list[str]:
         """The vocabulary, by index."""
-        return tag_names(self._store.get("vocabulary"))
+        return tag_names(self.store.get("vocabulary"))
 
     @cached_property
     def shared_stage(self) -> str | None:
         """The stage up to which the experts are the trunk, which an image passes once; None if they share nothing."""
         # A record holds what differs from the default, which is the image.
-        stage: str | None = self._store.get(f"experts/{expert_name(0)}").record.config["experts"].get("branch_at")
+        stage: str | None = self.store.get(f"experts/{expert_name(0)}").record.config["experts"].get("branch_at")
         return stage
 
-    def route(self, images: Sequence[bytes]) -> NDArray[np.int32]:
-        """The expert of every encoded image, int32 [N]."""
-        return self._route(self._seen(self._decoded(images)))
+    @property
+    def num_experts(self) -> int:
+        """K."""
+        return self.router.num_experts
 
-    def embed(self, images: Sequence[bytes]) -> NDArray[np.float32]:
-        """Every encoded image's place in the unified space, float32 [N, Z].
+    @property
+    def piece_size(self) -> int:
+        """How many images are decoded and routed at a time."""
+        return max(1, _PIECE_BYTES // (3 * self.image_size**2))
+
+    @cached_property
+    def artifacts(self) -> dict[str, Artifact]:
+        """All that answers depend on, by name."""
+        names = ["trunk", "router", "decoder", "vocabulary", *(f"experts/{expert_name(e)}" for e in range(self.num_experts))]
+        return {name: self.store.get(name) for name in names}
+
+    def identity(self) -> str:
+        """A digest of all that answers depend on; another one after anything was trained again."""
+        return digest({name: artifact.record_digest for name, artifact in self.artifacts.items()})
+
+    def route(self, images: "Sequence[GivenImage]") -> NDArray[np.int32]:
+        """The expert of every image, int32 [N]; images as for `predict`."""
+        found = [self.route_seen(seen) for seen in self._all_seen(images)]
+        return np.concatenate([np.zeros(0, np.int32), *found])
+
+    def embed(self, images: "Sequence[GivenImage]") -> NDArray[np.float32]:
+        """Every image's place in the unified space, float32 [N, Z]; images as for `predict`.
 
         Raises:
-            DataError: an image cannot be decoded; names its position.
+            DataError: an image cannot be read or decoded; names its position.
         """
-        seen = self._seen(self._decoded(images))
-        return self._embed(seen, self._route(seen)).numpy()
+        found = [self.embed_seen(seen, self.route_seen(seen)).numpy() for seen in self._all_seen(images)]
+        return np.concatenate([np.zeros((0, self.decoder.dim), np.float32), *found])
 
-    def predict(self, images: Sequence[bytes], k: int = 10, *, experts: int = 1) -> list[Prediction]:
-        """The k most probable tags of every encoded image.
+    def predict(self, images: "Sequence[GivenImage]", k: int = 10, *, experts: int = 1) -> list[Prediction]:
+        """The k most probable tags of every image.
 
         Args:
-            images: encoded.
+            images: each a path or URI, encoded bytes, one of Pillow's images, an array uint8 [height, width, 3], or a tensor
+                uint8 [3, height, width].
             k: how many tags.
             experts: how many of the nearest experts are asked: 1, or as many as the run's `evaluation.top_k`, whose weights by
                 distance it has fitted. An image costs a pass of each beside the trunk's.
 
         Raises:
-            DataError: an image cannot be decoded, names its position; or the run has no weights for so many experts.
+            TypeError: something that is no image, or one image in place of several.
+            DataError: an image cannot be read or decoded, names its position; or the run has no weights for so many experts.
         """
-        seen = self._seen(self._decoded(images))
-        if experts == 1:
-            experts_N = self._route(seen)
+        temperature = self._temperature(experts)
+        return [each for seen in self._all_seen(images) for each in self._predict(seen, k, experts, temperature)]
+
+    def pixels(self, images: "Sequence[GivenImage]", max_pixels: int = PILLOW_MAX_PIXELS) -> NDArray[np.uint8]:
+        """Images as the networks are shown them, uint8 [N, 3, S, S]; larger ones than `max_pixels` are refused."""
+        return squares(images, self.image_size, reduced=self.reduced, max_pixels=max_pixels)
+
+    def see(self, pixels_N3SS: NDArray[np.uint8]) -> Seen:
+        """The images as gate and experts go on from them."""
+        if self.shared_stage is None or not len(pixels_N3SS):
+            return Seen(pixels_N3SS)
+        shared = split(self._trunk.backbone, self.shared_stage, self._backbone_name).shared
+        batches = predict_features(shared, [pixels_N3SS], self._batch_size(len(pixels_N3SS)), self.device)
+        return Seen(pixels_N3SS, torch.cat(list(batches)))
+
+    def route_seen(self, seen: Seen) -> NDArray[np.int32]:
+        """The expert of every image, int32 [N]."""
+        return self.router.route(self._routing_features(seen)).primary_N
+
+    def embed_seen(self, seen: Seen, experts_N: NDArray[np.int32]) -> torch.Tensor:
+        """Every image's place in the unified space, by the expert given, float32 [N, Z] on the CPU; one expert after another."""
+        unified_NZ = torch.empty(len(seen), self.decoder.dim)
+        for expert in np.unique(experts_N).tolist():
+            rows = np.flatnonzero(experts_N == expert)
+            features_nD = self._features(self.experts.get(expert), seen, rows, self.options.precision)
             with torch.inference_mode():
-                probabilities_NV = torch.softmax(self.decoder.decode(self._embed(seen, experts_N)), dim=1)
-        else:
-            experts_N, probabilities_NV = self._mixed(seen, experts)
+                unified_NZ[rows] = self.decoder.align(features_nD, torch.full((len(rows),), expert, dtype=torch.int64))
+        return unified_NZ
+
+    def decode(self, unified_NZ: torch.Tensor) -> torch.Tensor:
+        """Probabilities of all tags, float32 [N, V], of points of the unified space, [N, Z]."""
+        with torch.inference_mode():
+            return torch.softmax(self.decoder.decode(unified_NZ), dim=1)
+
+    def best(self, probabilities_NV: torch.Tensor, experts_N: NDArray[np.int32], k: int) -> list[Prediction]:
+        """The k most probable tags of every row, best first, and of equals that with the lower index."""
         top = torch.sort(probabilities_NV, dim=1, descending=True, stable=True)
         rows = zip(experts_N.tolist(), top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
         return [Prediction(expert, [self.tags[i] for i in indices], values) for expert, indices, values in rows]
 
-    def _decoded(self, images: Sequence[bytes]) -> NDArray[np.uint8]:
-        pixels_N3SS = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
-        for position, data in enumerate(images):
-            if not isinstance(data, bytes):
-                raise TypeError(f"images must be encoded images (bytes each), but item {position} is a {type(data).__name__}")
-            try:
-                pixels_N3SS[position] = load_square(data, self.image_size, PILLOW_MAX_PIXELS, reduced=self._reduced)
-            except UndecodableImageError as error:
-                raise DataError(f"image {position} of {len(images)}: {error}") from error
-        return pixels_N3SS
+    def _all_seen(self, images: "Sequence[GivenImage]") -> Iterator[Seen]:
+        for piece in pieces(images, self.image_size, _PIECE_BYTES):
+            yield self.see(self.pixels(piece))
 
-    def _seen(self, pixels_N3SS: NDArray[np.uint8]) -> "_Seen":
-        """The images as gate and experts go on from them."""
-        if self.shared_stage is None:
-            return _Seen(self.image_size, pixels_N3SS)
-        shared = split(self._trunk.backbone, self.shared_stage, self._backbone_name).shared
-        maps_NCHW = torch.cat(list(predict_features(shared, [pixels_N3SS], inference_batch_size(self.image_size, _CPU), _CPU)))
-        return _Seen(self.image_size, pixels_N3SS, maps_NCHW)
+    def _predict(self, seen: Seen, k: int, experts: int, temperature: float) -> list[Prediction]:
+        if experts == 1:
+            experts_N = self.route_seen(seen)
+            return self.best(self.decode(self.embed_seen(seen, experts_N)), experts_N, k)
+        experts_N, probabilities_NV = self._mixed(seen, experts, temperature)
+        return self.best(probabilities_NV, experts_N, k)
 
-    def _features(self, network: TagClassifier, seen: "_Seen", rows_n: NDArray[np.int64]) -> NDArray[np.float32]:
-        """A network's features of some of the images as they are stored: rounded to float16, float32 [n, D]."""
-        batch_size = inference_batch_size(seen.image_size, _CPU)
+    def _batch_size(self, num_images: int) -> int:
+        """A power of two that a few images fill, and else that of the stages that compute features and embeddings."""
+        return min(inference_batch_size(self.image_size, self.device), 1 << max(0, num_images - 1).bit_length())
+
+    def _features(
+        self, network: TagClassifier, seen: Seen, rows_n: NDArray[np.int64], precision: Precision = "float32"
+    ) -> torch.Tensor:
+        """A network's features of some of the images, float32 [n, D] on the CPU."""
         if not len(rows_n):
-            features_ND = torch.zeros(0, network.backbone.num_features)
-        elif seen.maps_NCHW is None or self.shared_stage is None:
-            features_ND = torch.cat(list(predict_features(network.backbone, [seen.pixels_N3SS[rows_n]], batch_size, _CPU)))
-        else:
+            return torch.zeros(0, network.backbone.num_features)
+        batch_size = self._batch_size(len(rows_n))
+        lower = torch.autocast(self.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+        with lower:
+            if seen.maps_NCHW is None or self.shared_stage is None:
+                backbone = self._maybe_compiled(network.backbone)
+                batches = predict_features(backbone, [seen.pixels_N3SS[rows_n]], batch_size, self.device)
+                return torch.cat([features_BD.cpu() for features_BD in batches])
             rest = split(network.backbone, self.shared_stage, self._backbone_name).rest
-            features_ND = predict_from_maps(rest, seen.maps_NCHW[torch.from_numpy(rows_n)], batch_size)
-        return features_ND.numpy().astype(np.float16).astype(np.float32)
+            maps_nCHW = seen.maps_NCHW[torch.from_numpy(rows_n).to(self.device)]
+            return predict_from_maps(self._maybe_compiled(rest), maps_nCHW, batch_size).cpu()
 
-    def _route(self, seen: "_Seen") -> NDArray[np.int32]:
-        return self.router.route(self._features(self._trunk, seen, np.arange(len(seen)))).primary_N
+    def _maybe_compiled(self, network: torch.nn.Module) -> torch.nn.Module:
+        return cast(torch.nn.Module, torch.compile(network)) if self.options.compiled else network
 
-    def _embed(self, seen: "_Seen", experts_N: NDArray[np.int32]) -> torch.Tensor:
-        unified_NZ = torch.empty(len(seen), self.decoder.dim)
-        for expert in np.unique(experts_N).tolist():
-            rows = np.flatnonzero(experts_N == expert)
-            embeddings = torch.from_numpy(self._features(self._expert(expert), seen, rows))
-            with torch.inference_mode():
-                unified_NZ[rows] = self.decoder.align(embeddings, torch.full((len(rows),), expert, dtype=torch.int64))
-        return unified_NZ
+    def _routing_features(self, seen: Seen) -> NDArray[np.float32]:
+        """The trunk's features as they are stored: rounded to float16, float32 [N, D]."""
+        return self._features(self._trunk, seen, np.arange(len(seen))).numpy().astype(np.float16).astype(np.float32)
 
-    def _mixed(self, seen: "_Seen", num_experts: int) -> tuple[NDArray[np.int32], torch.Tensor]:
-        """The nearest expert [N], and the probabilities [N, V] that several mix as `evaluation.topk` does."""
-        temperature = self._store.find("topk/temperature")
+    def _temperature(self, num_experts: int) -> float:
+        """By which the run mixes so many experts; no matter for one.
+
+        Raises:
+            DataError: it has not been fitted.
+        """
+        if num_experts == 1:
+            return 1.0
+        temperature = self.store.find("topk/temperature")
         fitted = None if temperature is None else temperature.record.payload["top_k"]
         if temperature is None or fitted != num_experts:
             raise DataError(
                 f"experts={num_experts} needs weights fitted for as many, which this run has "
                 f"{'none of' if fitted is None else f'for {fitted}'}; run `hardmoe evaluate` with evaluation.top_k: {num_experts}"
             )
-        nearest_Nk, squared_Nk = self.router.nearest(self._features(self._trunk, seen, np.arange(len(seen))), num_experts)
-        weights_Nk = torch.from_numpy(log_weights(squared_Nk, temperature.record.payload["temperature"])).float()
+        return float(temperature.record.payload["temperature"])
+
+    def _mixed(self, seen: Seen, num_experts: int, temperature: float) -> tuple[NDArray[np.int32], torch.Tensor]:
+        """The nearest expert [N], and the probabilities [N, V] that several mix as `evaluation.topk` does."""
+        nearest_Nk, squared_Nk = self.router.nearest(self._routing_features(seen), num_experts)
+        weights_Nk = torch.from_numpy(log_weights(squared_Nk, temperature)).float()
         with torch.inference_mode():
-            logits = [self.decoder.decode(self._embed(seen, experts_N)) for experts_N in nearest_Nk.T]
+            logits = [self.decoder.decode(self.embed_seen(seen, experts_N)) for experts_N in nearest_Nk.T]
             said = [torch.log_softmax(each_NV, dim=1) + weights_Nk[:, at, None] for at, each_NV in enumerate(logits)]
         return nearest_Nk[:, 0], torch.stack(said).logsumexp(0).exp()
 
-    def _expert(self, expert: int) -> TagClassifier:
-        if expert not in self._experts:
-            artifact: Artifact = self._store.get(f"experts/{expert_name(expert)}")
-            self._experts[expert] = load_network(artifact)
-        return self._experts[expert]
+    def _load_expert(self, expert: int) -> TagClassifier:
+        artifact: Artifact = self.store.get(f"experts/{expert_name(expert)}")
+        return load_network(artifact).to(self.device)

@@ -7,47 +7,17 @@ stderr. Exit codes: 0 done; 1 an error of hardmoe's own, one sentence; 2 usage; 
 
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 import hardmoe
+from hardmoe.cli import use
+from hardmoe.cli.options import building_options, recipe_options
 from hardmoe.errors import HardmoeError, StoppedError
 
 _SEEDS = 3
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def recipe_options(command: Command) -> Command:
-    """Options of every command that reads a recipe."""
-    options = [
-        click.option(
-            "-f", "--recipe", "recipe_path", type=click.Path(path_type=Path), help="Recipe file. [default: hardmoe.yaml]"
-        ),
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, as in partition.experts=16."
-        ),
-        click.option("--root", help="Override the run's root."),
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def building_options(command: Command) -> Command:
-    """Options of every command that builds something."""
-    options = [
-        click.option("--parallel", type=click.IntRange(min=1), help="At most so many units at a time."),
-        click.option("--backend", type=click.Choice(["ray", "inline"]), help="Override execution.backend."),
-        click.option("--address", help="Override execution.address: 'local', or a running Ray cluster's."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return recipe_options(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -265,6 +235,10 @@ def bench_data(rows: int, seconds: float, as_json: bool, **options: Any) -> None
     from hardmoe.cli.bench import bench_data
 
     bench_data(options, rows, seconds, as_json)
+
+
+for command in use.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

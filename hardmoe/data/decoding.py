@@ -112,6 +112,19 @@ def read_pixels(data: bytes, max_pixels: int, at_least: int | None = None) -> ND
             raise UndecodableImageError(f"cannot be converted to RGB ({error})") from error
 
 
+def pixels_of_pillow(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of an image that Pillow has opened, as `read_pixels` would give them, uint8 [H, W, 3].
+
+    Raises:
+        UndecodableImageError: it is broken, or without a defined brightness.
+    """
+    with _quiet_pillow():
+        try:
+            return _upright(np.asarray(_to_rgb(image)), _orientation(image))
+        except _BROKEN as error:
+            raise UndecodableImageError(f"broken image ({type(error).__name__}: {error})") from error
+
+
 @cache
 def _known_formats() -> tuple[str, ...]:
     """The formats we accept that this build of Pillow can name; asking it for another one is a KeyError."""

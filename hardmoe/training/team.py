@@ -1,11 +1,11 @@
 """One network on several devices of a machine: each computes the gradient of a share of every batch.
 
-The unit's own process leads. It holds all that a training is: weights, optimiser, average, checkpoints, what the validation said.
-Every further device has a helper, a process that knows the examples and a copy of the network and keeps nothing from one step to
-the next: before a step it is sent the parameters that train and the buffers, afterwards its gradient is added to the leader's, which alone takes
-the step. Parameters out and gradients in are as many bytes as the usual all-reduce; and since helpers have no state, resuming,
-going back after a lost loss, early stops and averages are those of one device, without a line of their own. Decoded images are
-shared through a file of no name, which the system pages.
+The unit's own process leads. It holds all that a training is: weights, optimiser, average, checkpoints, what the validation
+said. Every further device has a helper, a process that knows the examples and a copy of the network and keeps nothing from one
+step to the next: before a step it is sent the parameters that train and the buffers, afterwards its gradient is added to the
+leader's, which alone takes the step. Parameters out and gradients in are as many bytes as the usual all-reduce; and since helpers
+have no state, resuming, going back after a lost loss, early stops and averages are those of one device, without a line of their
+own. Decoded images are shared through a file of no name, which the system pages.
 
 A batch is drawn, augmented and mixed whole by everybody and then divided, and batch normalisation is over the whole batch
 (see `shared_batch_norm`): so the number of devices changes nothing but the order of sums, save for dropout, whose masks the

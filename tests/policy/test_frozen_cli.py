@@ -13,6 +13,7 @@ from hardmoe.cli.main import cli
 
 RECIPE = {"-f", "--recipe", "--set", "--root", "--debug"}
 BUILD = RECIPE | {"--parallel", "--backend", "--address"}
+BULK = {"--source", "-o", "--out", "--format", "--memory-gib", "--parallel", "--address"}
 
 COMMANDS: dict[str, set[str]] = {
     "init": {"PATH", "--schema", "--force", "--debug"},
@@ -28,6 +29,10 @@ COMMANDS: dict[str, set[str]] = {
     "show": RECIPE | {"NAME", "--json"},
     "verify": RECIPE | {"NAMES", "--images"},
     "stop": RECIPE | {"--timeout"},
+    "predict": RECIPE | BULK | {"IMAGES", "-k"},
+    "embed": RECIPE | BULK | {"IMAGES"},
+    "index": RECIPE | {"--vectors", "--kind", "--recall"},
+    "search": RECIPE | {"QUERY", "--vectors", "-n", "--json"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

@@ -55,7 +55,7 @@ def test_step_minimises_the_sum_and_tells_it() -> None:
     routers, losses = [], []
     for weight in (0.0, 1.0, 2.0):
         model = _transformer(weight)
-        result = train(model, examples, one_step, seed=0, device=torch.device("cpu"))
+        result = train(model, examples, one_step, seed=0, devices=[torch.device("cpu")])
         ((_, layer),) = moe_layers(model)
         routers.append(layer.router.scores.weight_ED.detach())
         losses.append(result.final_loss)
@@ -79,7 +79,7 @@ def _constrained() -> TagClassifier:
 def test_training_with_a_hard_constraint_that_is_killed_ends_with_the_bits_of_one_that_is_not(tmp_path: Path) -> None:
     examples, device = make_examples(40, seed=0), torch.device("cpu")
     whole = _constrained()
-    train(whole, examples, SGD, seed=0, device=device)
+    train(whole, examples, SGD, seed=0, devices=[device])
     steps, resumed = iter(range(1000)), _constrained()
 
     def asked() -> str | None:
@@ -87,9 +87,9 @@ def test_training_with_a_hard_constraint_that_is_killed_ends_with_the_bits_of_on
 
     checkpoints = Checkpoints(LocalStorage(tmp_path), "checkpoints")
     with pytest.raises(PreemptedError):
-        train(resumed, examples, SGD, seed=0, device=device, sinks=TrainingSinks(checkpoints, asked_to_stop=asked))
+        train(resumed, examples, SGD, seed=0, devices=[device], sinks=TrainingSinks(checkpoints, asked_to_stop=asked))
     resumed = _constrained()
-    train(resumed, examples, SGD, seed=0, device=device, sinks=TrainingSinks(checkpoints))
+    train(resumed, examples, SGD, seed=0, devices=[device], sinks=TrainingSinks(checkpoints))
     ends = whole.state_dict()
     assert bool(ends["backbone.network.1.router.constraint.relative_E"].any())
     for name, tensor in resumed.state_dict().items():

@@ -1,0 +1,145 @@
+"""`hardmoe predict` and `hardmoe embed`: from files or a recipe's source to lines on stdout, or to tables in a directory."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hardmoe.artifacts.fingerprint import differences
+from hardmoe.artifacts.store import ArtifactStore
+from hardmoe.cli.common import existing_run
+from hardmoe.data.config import PILLOW_MAX_PIXELS, DatasetConfig
+from hardmoe.data.sources.registry import open_source
+from hardmoe.errors import DataError, DriftError, RecipeError
+from hardmoe.execution.backend import Backend
+from hardmoe.execution.plan import Plan
+from hardmoe.recipe import load_recipe
+from hardmoe.stage import Stage
+from hardmoe.storage import open_storage
+
+
+def run_bulk(options: Mapping[str, Any], images: Sequence[str], k: int | None) -> None:
+    """Answer for every image; k tags each, or their places in the unified space.
+
+    Raises:
+        RecipeError: the options do not go together.
+        DataError: there are no images, or none that can be decoded.
+    """
+    storage, _ = existing_run(options)
+    dataset = _dataset(images, options["source_path"])
+    if options["out"] is None:
+        for option in ("kind", "parallel", "address"):
+            if options[option] is not None:
+                shown = "--format" if option == "kind" else f"--{option}"
+                raise RecipeError(f"{shown} is for tables; name a directory for them with --out")
+        _print_lines(storage.uri, dataset, k, options["memory_gib"])
+    else:
+        _write_tables(storage.uri, dataset, k, options)
+
+
+def _dataset(images: Sequence[str], source_path: Path | None) -> DatasetConfig:
+    """Where the images are."""
+    if bool(images) == (source_path is not None):
+        raise RecipeError("name images or folders, or a recipe whose dataset is to be read (--source), and not both")
+    if source_path is not None:
+        return load_recipe(source_path).dataset
+    places = [_place(image) for image in images]
+    return DatasetConfig(source="folder", path=places[0] if len(places) == 1 else places, max_pixels=PILLOW_MAX_PIXELS)
+
+
+def _place(image: str) -> str:
+    """An absolute place; a file whose name looks like a pattern is that file."""
+    if "://" in image:
+        return image
+    path = Path(image).expanduser().absolute()
+    return escape(str(path)) if path.exists() else str(path)
+
+
+def _print_lines(root: str, dataset: DatasetConfig, k: int | None, memory_gib: float | None) -> None:
+    """In this process, shard by shard, to stdout."""
+    from hardmoe.bulk.answers import Decoding, answer
+    from hardmoe.bulk.writing import embedded_rows, json_line, predicted_rows
+    from hardmoe.mixture import Mixture, UseOptions
+
+    source = open_source(dataset)
+    shards = source.shards()
+    mixture = Mixture.load(root, UseOptions(memory_gib=memory_gib))
+    good = bad = 0
+    for shard in shards:
+        answers = answer(mixture, source.read(shard), Decoding(dataset.max_pixels, _num_threads()))
+        for row in embedded_rows(answers) if k is None else predicted_rows(mixture, answers, k):
+            click.echo(json_line(row), nl=False)
+        for each in answers.bad:
+            click.echo(f"{each.source_uri}: {each.reason}", err=True)
+        good, bad = good + len(answers.uris), bad + len(answers.bad)
+    sys.stdout.flush()
+    _tell(good, bad, "")
+
+
+def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Mapping[str, Any]) -> None:
+    """As a stage of a root of its own: resumable, and on Ray if that is asked for."""
+    from hardmoe.bulk.stage import BulkRequest, bulk_stage
+    from hardmoe.bulk.work import source_digest
+    from hardmoe.execution.display import make_display
+    from hardmoe.execution.progress import Reporter
+    from hardmoe.execution.runner import Runner, RunnerOptions
+    from hardmoe.mixture import Mixture
+
+    out = open_storage(options["out"])
+    request = BulkRequest(root, Mixture.load(root).identity(), k, options["kind"] or "parquet", options["memory_gib"])
+    on_ray = options["parallel"] is not None or options["address"] is not None
+    digest = source_digest(dataset, out, request.name)
+    stage = bulk_stage(request, dataset, digest, 1 if on_ray else _num_threads())
+    store = ArtifactStore(out)
+    plan = plan_alone(store, stage, "name another --out, or delete it")
+    if plan.missing:
+        reporter, limits = Reporter(out, make_display()), RunnerOptions(options["parallel"])
+        Runner(store, partial(_backend, options["address"], on_ray), reporter, limits).run(plan)
+    payload = plan.artifacts[stage.name].payload
+    click.echo(out.where(stage.name))
+    _tell(payload["rows"], payload["quarantined"], f"; they are listed in {out.where(stage.name)}/quarantine")
+
+
+def plan_alone(store: ArtifactStore, stage: Stage, remedy: str) -> Plan:
+    """The plan of a stage that no recipe asks for.
+
+    Raises:
+        DriftError: there is an artifact of that name that was asked for otherwise.
+    """
+    from hardmoe.execution.plan import make_plan
+
+    try:
+        return make_plan(store, [stage])
+    except DriftError as error:
+        rows = "; ".join(differences(store.get(stage.name).record.config, dict(stage.config)))
+        raise DriftError(f"{store.storage.where(stage.name)} answers another request ({rows}); {remedy}") from error
+
+
+def _backend(address: str | None, on_ray: bool) -> Backend:
+    if not on_ray:
+        from hardmoe.execution.inline import InlineBackend
+
+        return InlineBackend()
+    from hardmoe.execution.ray.backend import RayBackend
+
+    return RayBackend(address or "local")
+
+
+def _tell(good: int, bad: int, where: str) -> None:
+    """How many images there were, and how many of no use.
+
+    Raises:
+        DataError: all of them were of no use.
+    """
+    if bad and not good:
+        raise DataError(f"none of {bad:,} images can be decoded{where}; correct what was given")
+    click.echo(f"{good:,} images" + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True)
+
+
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,99 @@
+"""The commands that use a finished run: their options. What they do is in modules of their own, which import what is heavy.
+
+Rejected: all commands in one module, which would be past what one reads in a sitting.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from hardmoe.cli.options import recipe_options
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_K = 10
+_COUNT = 10
+_RECALL = 0.95
+
+
+def bulk_options(command: Command) -> Command:
+    """Options of the commands that look at many images."""
+    options = [
+        click.option(
+            "--source",
+            "source_path",
+            type=click.Path(path_type=Path),
+            metavar="RECIPE",
+            help="Read the images that the dataset section of this recipe names, from whatever source.",
+        ),
+        click.option("-o", "--out", help="Directory (path or URI) to write tables to, resumable; without it lines go to stdout."),
+        click.option(
+            "--format", "kind", type=click.Choice(["parquet", "jsonl"]), help="Of the tables.  [default: parquet]", default=None
+        ),
+        click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="What experts may take in each process."),
+        click.option("--parallel", type=click.IntRange(min=1), help="Start Ray; at most so many shards at a time."),
+        click.option("--address", help="Join this Ray cluster."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return recipe_options(command)
+
+
+@click.command()
+@click.argument("images", nargs=-1)
+@click.option("-k", "num_tags", type=click.IntRange(min=1), default=_K, show_default=True, help="Tags for each image.")
+@bulk_options
+def predict(images: tuple[str, ...], num_tags: int, **options: Any) -> None:
+    """Tags of images: of files and folders, or of any source that a recipe names."""
+    from hardmoe.cli.bulk import run_bulk
+
+    run_bulk(options, images, num_tags)
+
+
+@click.command()
+@click.argument("images", nargs=-1)
+@bulk_options
+def embed(images: tuple[str, ...], **options: Any) -> None:
+    """Places of images in the unified space: of files and folders, or of any source that a recipe names."""
+    from hardmoe.cli.bulk import run_bulk
+
+    run_bulk(options, images, None)
+
+
+_VECTORS = click.option("--vectors", metavar="DIR", help="What 'hardmoe embed --out DIR' wrote, instead of the run's own images.")
+
+
+@click.command()
+@_VECTORS
+@click.option("--kind", type=click.Choice(["flat", "ivf", "ivfpq"]), help="Of the index.  [default: by the number of vectors]")
+@click.option(
+    "--recall",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=_RECALL,
+    show_default=True,
+    help="Share of the ten nearest that is to be found.",
+)
+@recipe_options
+def index(vectors: str | None, kind: str | None, recall: float, **options: Any) -> None:
+    """Index the unified space for 'hardmoe search'; print the recall against exact search."""
+    from hardmoe.cli.search import make_index
+
+    make_index(options, vectors, kind, recall)
+
+
+@click.command()
+@click.argument("query")
+@_VECTORS
+@click.option("-n", "count", type=click.IntRange(min=1), default=_COUNT, show_default=True, help="Images to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@recipe_options
+def search(query: str, vectors: str | None, count: int, as_json: bool, **options: Any) -> None:
+    """The images nearest to QUERY: an image's path or URI, or a hashtag such as '#sunset'."""
+    from hardmoe.cli import search as searching
+
+    searching.search(options, query, vectors, count, as_json)
+
+
+COMMANDS: list[click.Command] = [predict, embed, index, search]
