@@ -250,6 +250,17 @@ def stop(seconds: float, **options: Any) -> None:
     stop_run(options, seconds)
 
 
+@cli.command()
+@click.option("--address", help="Look at every node of this Ray cluster (host:6379), as execution.address has it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@recipe_options
+def doctor(as_json: bool, **options: Any) -> None:
+    """What this machine, or every node of a cluster, can do: versions, GPUs, memory, disk, the root; and remedies."""
+    from hardmoe.cli.doctor import examine
+
+    examine(options, as_json)
+
+
 @cli.group()
 def bench() -> None:
     """Measure what this machine can do with a recipe; builds nothing."""

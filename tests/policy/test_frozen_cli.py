@@ -28,6 +28,7 @@ COMMANDS: dict[str, set[str]] = {
     "show": RECIPE | {"NAME", "--json"},
     "verify": RECIPE | {"NAMES", "--images"},
     "stop": RECIPE | {"--timeout"},
+    "doctor": RECIPE | {"--address", "--json"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

@@ -10,13 +10,13 @@ import logging
 import math
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hardmoe.errors import BackendError
+from hardmoe.execution.ray.connection import init
 from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
 from hardmoe.execution.task import UnitOutcome, UnitTask
@@ -24,7 +24,6 @@ from hardmoe.stage import Resources
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 _QUEUED_AHEAD = 1
-_CONNECT_SECONDS = 10.0
 
 
 class RayBackend:
@@ -116,11 +115,6 @@ class RayBackend:
         return 1.0 if any(node.get("GPU", 0.0) >= 1 for node in self._nodes) else 0.0
 
     def _start(self, least_cpus: int) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Keep CUDA visible as it is for CPU-only units: Ray otherwise warns of a coming change of its default at every start.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address == "local":
             self._temporary = make_scratch()
@@ -130,34 +124,11 @@ class RayBackend:
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": str(self._temporary),
             }
-        else:
-            _check_reachable(self._address)
-        try:
-            ray.init(address=self._address, **options)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BackendError(f"cannot start or reach Ray at '{self._address}': {reason}; check execution.address") from error
-        except SystemExit as end:
-            # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.
-            raise KeyboardInterrupt from end
+        init(self._address, options)
+        import ray
+
         self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         from hardmoe.execution.ray.draining import execute_heeding_drains
 
         # Made once: every new remote function is shipped to all workers again.
         self._remote = ray.remote(execute_heeding_drains)
-
-
-def _check_reachable(address: str) -> None:
-    """Knock at the door: Ray itself waits several minutes for a head node that is not there."""
-    host, colon, port = address.rpartition(":")
-    if not colon or "/" in address or not port.isdecimal():
-        return  # `auto`, or a form that Ray knows about and answers at once
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
-            return
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BackendError(
-            f"no Ray answers at '{address}' ({reason}); correct execution.address (the head node's host:6379), "
-            "or use 'local' for a Ray of this machine"
-        ) from error
