@@ -29,6 +29,8 @@ COMMANDS: dict[str, set[str]] = {
     "verify": RECIPE | {"NAMES", "--images"},
     "stop": RECIPE | {"--timeout"},
     "doctor": RECIPE | {"--address", "--json"},
+    "submit": {"COMMAND", "--address", "--checkout", "--env", "--shared", "--ca", "--resubmit", "--detach"}
+    | {"--list", "--logs", "--stop", "--debug"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from hardmoe.stage import Resources
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 _QUEUED_AHEAD = 1
+_LOOK_SECONDS = 5.0
 
 
 class RayBackend:
@@ -33,6 +35,8 @@ class RayBackend:
         self._address = address
         self._running: dict[Any, UnitTask] = {}
         self._nodes: list[dict[str, float]] = []
+        self._next_look = 0.0
+        self._uses_gpus = False
         self._temporary: Path | None = None
         self._remote: Any = None
 
@@ -79,6 +83,8 @@ class RayBackend:
         if not self._running:
             return []
         with interrupts_held_back():
+            if time.monotonic() >= self._next_look:
+                self._look_at_nodes()
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
             if ready:
                 ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
@@ -112,7 +118,14 @@ class RayBackend:
     def _gpus(self, demand: Resources) -> float:
         if demand.num_gpus is not None:
             return demand.num_gpus
-        return 1.0 if any(node.get("GPU", 0.0) >= 1 for node in self._nodes) else 0.0
+        return float(self._uses_gpus)
+
+    def _look_at_nodes(self) -> None:
+        """The nodes there are, and those that an autoscaler would add: units must wait in Ray for it to see any demand."""
+        from hardmoe.execution.ray.connection import living_nodes, possible_nodes
+
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        self._nodes = possible_nodes() or living_nodes()
 
     def _start(self, least_cpus: int) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -127,7 +140,9 @@ class RayBackend:
         init(self._address, options)
         import ray
 
-        self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._look_at_nodes()
+        # Once and for all: units that began on GPUs must not go on without, because the last such node was just pre-empted.
+        self._uses_gpus = any(node.get("GPU", 0.0) >= 1 for node in self._nodes)
         from hardmoe.execution.ray.draining import execute_heeding_drains
 
         # Made once: every new remote function is shipped to all workers again.

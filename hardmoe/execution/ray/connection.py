@@ -10,6 +10,7 @@ from typing import Any
 from hardmoe.errors import BackendError
 
 CONNECT_SECONDS = 5.0
+_MOST_OF_A_GROUP = 1024
 
 
 def prepare_environment() -> None:
@@ -31,6 +32,9 @@ def init(address: str, options: dict[str, Any]) -> None:
     import ray
 
     try:
+        if address not in ("local", "auto") and "/" not in address:
+            # Asks for the cluster's id: `ray.init` takes half a minute to find out that a token is wrong, and does not say so.
+            ray._raylet.GcsClient(address=address)
         ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
         raise BackendError(
@@ -42,6 +46,27 @@ def init(address: str, options: dict[str, Any]) -> None:
     except SystemExit as end:
         # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.
         raise KeyboardInterrupt from end
+
+
+def living_nodes() -> list[dict[str, float]]:
+    """Resources of the nodes of the cluster that was joined."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def possible_nodes() -> list[dict[str, float]]:
+    """Resources of all nodes that the cluster's autoscaler may have at a time; none where there is no autoscaler.
+
+    The configuration is no part of Ray's public interface. Seen with Ray 2.60, which `requirements.lock` pins.
+    """
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = [] if config is None else list(config.node_group_configs)
+    nodes = [dict(group.resources) for group in groups for _ in range(min(group.max_count, _MOST_OF_A_GROUP))]
+    heads = [node for node in living_nodes() if "node:__internal_head__" in node] if nodes else []
+    return heads + nodes
 
 
 def reason(error: BaseException) -> str:
