@@ -198,6 +198,19 @@ def _from_here(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=sections)
 
 
+def places_of(recipe: Recipe) -> dict[str, list[str]]:
+    """Where a recipe's root and data are, by key: paths and URIs, not the name of a dataset on a hub."""
+    places = {"root": [recipe.root], "reuse": list(recipe.reuse)}
+    for name, keys in _PLACES.items():
+        for key in keys:
+            place = getattr(getattr(recipe, name), key)
+            places[f"{name}.{key}"] = place if isinstance(place, list) else [place] if place else []
+    if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
+        places["dataset.path"] = []
+    places["experts.init"] = [place for place in (recipe.experts.init_path, recipe.experts.init_root) if place]
+    return places
+
+
 def _is_there(place: str | list[str] | None) -> bool:
     return isinstance(place, str) and Path(place).expanduser().exists()
 

@@ -33,6 +33,9 @@ COMMANDS: dict[str, set[str]] = {
     "embed": RECIPE | BULK | {"IMAGES"},
     "index": RECIPE | {"--vectors", "--kind", "--recall"},
     "search": RECIPE | {"QUERY", "--vectors", "-n", "--json"},
+    "doctor": RECIPE | {"--address", "--json"},
+    "submit": {"COMMAND", "--address", "--checkout", "--env", "--shared", "--ca", "--resubmit", "--detach"}
+    | {"--list", "--logs", "--stop", "--debug"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

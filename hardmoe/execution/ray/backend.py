@@ -10,13 +10,14 @@ import logging
 import math
 import os
 import shutil
-import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hardmoe.errors import BackendError
+from hardmoe.execution.ray.connection import init
 from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
 from hardmoe.execution.task import UnitOutcome, UnitTask
@@ -24,7 +25,7 @@ from hardmoe.stage import Resources
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 _QUEUED_AHEAD = 1
-_CONNECT_SECONDS = 10.0
+_LOOK_SECONDS = 5.0
 
 
 class RayBackend:
@@ -34,6 +35,8 @@ class RayBackend:
         self._address = address
         self._running: dict[Any, UnitTask] = {}
         self._nodes: list[dict[str, float]] = []
+        self._next_look = 0.0
+        self._uses_gpus = False
         self._temporary: Path | None = None
         self._remote: Any = None
 
@@ -80,6 +83,8 @@ class RayBackend:
         if not self._running:
             return []
         with interrupts_held_back():
+            if time.monotonic() >= self._next_look:
+                self._look_at_nodes()
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
             if ready:
                 ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
@@ -113,14 +118,16 @@ class RayBackend:
     def _gpus(self, demand: Resources) -> float:
         if demand.num_gpus is not None:
             return demand.num_gpus
-        return 1.0 if any(node.get("GPU", 0.0) >= 1 for node in self._nodes) else 0.0
+        return float(self._uses_gpus)
+
+    def _look_at_nodes(self) -> None:
+        """The nodes there are, and those that an autoscaler would add: units must wait in Ray for it to see any demand."""
+        from hardmoe.execution.ray.connection import living_nodes, possible_nodes
+
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        self._nodes = possible_nodes() or living_nodes()
 
     def _start(self, least_cpus: int) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Keep CUDA visible as it is for CPU-only units: Ray otherwise warns of a coming change of its default at every start.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address == "local":
             self._temporary = make_scratch()
@@ -130,34 +137,13 @@ class RayBackend:
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": str(self._temporary),
             }
-        else:
-            _check_reachable(self._address)
-        try:
-            ray.init(address=self._address, **options)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BackendError(f"cannot start or reach Ray at '{self._address}': {reason}; check execution.address") from error
-        except SystemExit as end:
-            # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.
-            raise KeyboardInterrupt from end
-        self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        init(self._address, options)
+        import ray
+
+        self._look_at_nodes()
+        # Once and for all: units that began on GPUs must not go on without, because the last such node was just pre-empted.
+        self._uses_gpus = any(node.get("GPU", 0.0) >= 1 for node in self._nodes)
         from hardmoe.execution.ray.draining import execute_heeding_drains
 
         # Made once: every new remote function is shipped to all workers again.
         self._remote = ray.remote(execute_heeding_drains)
-
-
-def _check_reachable(address: str) -> None:
-    """Knock at the door: Ray itself waits several minutes for a head node that is not there."""
-    host, colon, port = address.rpartition(":")
-    if not colon or "/" in address or not port.isdecimal():
-        return  # `auto`, or a form that Ray knows about and answers at once
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
-            return
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BackendError(
-            f"no Ray answers at '{address}' ({reason}); correct execution.address (the head node's host:6379), "
-            "or use 'local' for a Ray of this machine"
-        ) from error

@@ -1,0 +1,1 @@
+"""What `hardmoe doctor` looks at: facts about a machine, measured there, and findings, judged by the driver."""
