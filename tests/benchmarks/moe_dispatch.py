@@ -3,9 +3,9 @@
     python tests/benchmarks/moe_dispatch.py            (some minutes on two cores; on a GPU if there is one)
 
 Peers are a dense MLP of as many operations as an item's two experts take, and two packages from PyPI (extra `bench`):
-`mixture-of-experts`, a one-hot dispatch to two experts with capacity 1.25, and `soft-moe-pytorch`, whose slots here are as
-many as the items have choices. Rows and operations are counted, not measured: sorted rows are those that are kept, padded ones all slots.
-Systems take turns in every round; times are medians with the least and the most of them.
+`mixture-of-experts`, a one-hot dispatch to two experts with capacity 1.25, and `soft-moe-pytorch`, with as many slots as there
+are choices. Rows and operations are counted, not measured: sorted rows are those that are kept, padded ones all slots. Systems
+take turns in every round; times are medians with the least and the most of them.
 """
 
 import argparse
