@@ -153,7 +153,7 @@ def print_metrics(built: Built) -> None:
     results = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))
     rows: list[Sequence[str]] = [("system", *_METRIC_COLUMNS)]
     for system, metrics in results["systems"].items():
-        rows.append((system, *(_interval(metrics[name]) for name in _METRIC_COLUMNS)))
+        rows.append((system, *(format_interval(metrics[name]) for name in _METRIC_COLUMNS)))
     click.echo(f"{results['num_test_examples']} test examples; per cent, with 95 % bootstrap intervals\n")
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
     difference = results["differences"].get("mixture - dense_refit", {}).get("precision@1")
@@ -242,7 +242,8 @@ def _backend(config: ExecutionConfig, display: Display) -> Backend:
     return RayBackend(config.address)
 
 
-def _interval(metric: Mapping[str, Any]) -> str:
+def format_interval(metric: Mapping[str, Any]) -> str:
+    """A metric in per cent, with its interval where there is one."""
     if metric["value"] is None:
         return "-"
     if metric["low"] is None:  # too few test examples for an interval

@@ -114,10 +114,57 @@ def fit_decoder(**options: Any) -> None:
     print_decoder(build(options, ["decoder"]))
 
 
+def _expert_counts(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of experts of an item, in ascending order, each once."""
+    if value is None:
+        return None
+    words = value.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise click.BadParameter(f"{value!r} is not a list of numbers of experts; write it like 1,2,4")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def _factors(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Capacity factors in ascending order, each once."""
+    if value is None:
+        return None
+    try:
+        found = sorted({float(word) for word in value.split(",")})
+    except ValueError:
+        found = [-1.0]
+    if not 0 <= found[0] <= found[-1] < float("inf"):
+        raise click.BadParameter(f"{value!r} is not a list of capacity factors; write it like 0.25,0.5,1")
+    return tuple(found)
+
+
 @cli.command()
+@click.option(
+    "--sweep-k",
+    "counts",
+    callback=_expert_counts,
+    metavar="K,K,...",
+    help="Judge networks with layers of experts with so many experts an item; no other evaluation.",
+)
+@click.option(
+    "--sweep-capacity",
+    "factors",
+    callback=_factors,
+    metavar="C,C,...",
+    help="Judge them with such capacity factors, 0 for no limit; no other evaluation.",
+)
+@click.option(
+    "--priority/--no-priority", default=None, help="With a sweep: give slots by priority, or in order.  [default: as trained]"
+)
 @building_options
-def evaluate(**options: Any) -> None:
+def evaluate(counts: tuple[int, ...] | None, factors: tuple[float, ...] | None, priority: bool | None, **options: Any) -> None:
     """Measure the mixture and its controls on the test split."""
+    if counts or factors:
+        from hardmoe.cli.moe_sweep import show_moe_sweep
+
+        show_moe_sweep(options, counts or (), factors or (), priority)
+        return
+    if priority is not None:
+        raise click.UsageError("--priority and --no-priority go with --sweep-k or --sweep-capacity")
     from hardmoe.cli.build import build, print_metrics
 
     print_metrics(build(options, ["evaluation"]))

@@ -1,10 +1,11 @@
 """Networks with layers of experts as trunk, experts, dense baseline and rival of one run, and what the run says about them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
-from support import copied_run, invoke, metrics, payload, refusal, run_here
+from support import copied_run, invoke, metrics, payload, records, refusal, run_here
 
 from hardmoe.mixture import Mixture
 
@@ -97,3 +98,44 @@ def test_runs_without_experts_are_what_they_were(finished: Path) -> None:
     for record in (finished / "runs/small").rglob("artifact.json"):
         assert '"moe"' not in record.read_text()
     assert "routed_flops" not in (finished / "runs/small/evaluation/metrics.json").read_text()
+
+
+def test_sweep_prints_every_setting_of_every_network_with_experts(directory: Path) -> None:
+    """Few slots drop choices and cost less, more experts an item cost more; what is as it was gives what the evaluation has."""
+    sweep = ("evaluate", "--sweep-k", "1,2", "--sweep-capacity", "0.25,0", "--no-priority", *OPTIONS)
+    result = invoke(directory, *sweep)
+    assert result.returncode == 0, result.stderr
+    lines = [
+        line.split() for line in result.stdout.splitlines()[1:] if line.startswith(("trunk", "dense", "soft", "experts_own"))
+    ]
+    assert len(lines) == 4 * 2 * 2
+    found = {}
+    for path in sorted((directory / "runs/small/moe_sweep").glob("trunk-*/artifact.json")):
+        record = json.loads(path.read_text())
+        setting = record["config"]["setting"]
+        found[setting["k"], setting["capacity_factor"]] = record["payload"]
+    assert found.keys() == {(1, 0.0), (1, 0.25), (2, 0.0), (2, 0.25)}
+    assert found[2, 0.0]["usage"]["dropped"] == found[1, 0.0]["usage"]["dropped"] == 0
+    # Eight images are 40 items with 80 choices: ceil(80 / 4 / 4) = 5, so 8 slots of four experts.
+    assert found[2, 0.25]["usage"]["dropped"] >= 1 - 32 / 80
+    assert found[1, 0.0]["flops"] == found[2, 0.0]["flops"] - 2 * 5 * 2 * 2 * 192 * 768
+    own = metrics(directory / "runs/small")["systems"]["trunk"]["precision@1"]["value"]
+    assert found[2, 0.0]["metrics"]["precision@1"]["value"] == pytest.approx(own, abs=0.02)
+    before = records(directory / "runs/small")
+    again = invoke(directory, *sweep)
+    assert again.stdout == result.stdout
+    assert records(directory / "runs/small") == before
+
+
+def test_sweep_says_what_it_cannot_do(finished: Path, directory: Path) -> None:
+    assert "which the recipe has none; set trunk.backbone" in refusal(invoke(finished, "evaluate", "--sweep-k", "1"))
+    result = invoke(directory, "evaluate", "--sweep-k", "1,9", *OPTIONS)
+    assert "--sweep-k 9: the layers of 'vmoe_xs8' (trunk) have 4 experts; ask for as many at most" in refusal(result)
+    for arguments, sentence in (
+        (("--sweep-k", "0"), "'0' is not a list of numbers of experts; write it like 1,2,4"),
+        (("--sweep-capacity", "x"), "'x' is not a list of capacity factors; write it like 0.25,0.5,1"),
+        (("--priority",), "--priority and --no-priority go with --sweep-k or --sweep-capacity"),
+    ):
+        result = invoke(finished, "evaluate", *arguments)
+        assert result.returncode == 2
+        assert sentence in " ".join(result.stderr.split())

@@ -20,7 +20,7 @@ COMMANDS: dict[str, set[str]] = {
     "partition": BUILD | {"--sweep", "--seeds", "--check", "--json"},
     "train-experts": BUILD | {"--only"},
     "fit-decoder": BUILD,
-    "evaluate": BUILD,
+    "evaluate": BUILD | {"--sweep-k", "--sweep-capacity", "--priority", "--no-priority"},
     "report": BUILD,
     "run": BUILD | {"--dry-run"},
     "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address", "--debug"},

@@ -14,6 +14,11 @@ RouterName = Literal["linear", "cosine", "distance", "expert_choice", "soft", "p
 ConstraintName = Literal["none", "importance", "importance_load", "gshard", "kl", "relative", "mean"]
 
 
+def has_experts(backbone: str) -> bool:
+    """Whether a backbone of this name has layers of experts."""
+    return backbone.startswith(("moe_", "vmoe_"))
+
+
 class MoeConfig(Config):
     """Where the layers of experts are, how they route, and what keeps their use even."""
 

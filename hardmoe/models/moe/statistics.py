@@ -6,13 +6,14 @@ often an expert is run, and of importance, the weights it is given; and living e
 Shape letters: E experts, G groups, S items of a group, k choices, B images, V tags.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
+from hardmoe.config import Json
 from hardmoe.models.moe.layer import MoeLayer, moe_layers
 from hardmoe.models.moe.routing import Routing
 
@@ -62,6 +63,17 @@ class Usage:
             self.num_dropped + other.num_dropped,
             self.entropy + other.entropy,
         )
+
+    def to_json(self) -> dict[str, Json]:
+        """As plain values."""
+        tensors = {"activation_E": self.activation_E.tolist(), "importance_E": self.importance_E.tolist()}
+        return {each.name: tensors.get(each.name, getattr(self, each.name)) for each in fields(self)}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Json]) -> "Usage":
+        """The inverse."""
+        tensors = {name: torch.tensor(told[name], dtype=torch.float64) for name in ("activation_E", "importance_E")}
+        return cls(**{**told, **tensors})
 
     def summary(self) -> dict[str, float]:
         """Plain numbers: `cv_activation`, `cv_importance`, `living_experts`, `dropped`, `entropy` (nats an item)."""
