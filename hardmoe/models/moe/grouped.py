@@ -18,9 +18,9 @@ _ALIGNMENT = 16
 """Bytes, of the rows that the grouped kernel reads."""
 
 
-_LIBRARY = torch.library.Library("hardmoe", "FRAGMENT")
-_LIBRARY.define("grouped_product(Tensor rows, Tensor weight, Tensor ends) -> Tensor")
-_LIBRARY.define("grouped_outer(Tensor rows, Tensor others, Tensor ends) -> Tensor")
+_LIBRARY = torch.library.Library("hardmoe", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("grouped_product(Tensor rows, Tensor weight, Tensor ends) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define("grouped_outer(Tensor rows, Tensor others, Tensor ends) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def grouped_product(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _product_gradients(ctx: Any, gradient_RF: Tensor) -> tuple[Tensor | None, Te
 
 # Not by `torch.library.custom_op`, whose first call imports torch's compiler: seconds, for every worker.
 for _name, _compute, _shape in (("grouped_product", _product, _product_shape), ("grouped_outer", _outer, _outer_shape)):
-    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"hardmoe::{_name}", _shape, lib=_LIBRARY)
 torch.library.register_autograd("hardmoe::grouped_product", _product_gradients, setup_context=_keep, lib=_LIBRARY)
 
