@@ -18,9 +18,24 @@ _ALIGNMENT = 16
 """Bytes, of the rows that the grouped kernel reads."""
 
 
-@torch.library.custom_op("hardmoe::grouped_product", mutates_args=())
+_LIBRARY = torch.library.Library("hardmoe", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("grouped_product(Tensor rows, Tensor weight, Tensor ends) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define("grouped_outer(Tensor rows, Tensor others, Tensor ends) -> Tensor")  # type: ignore[no-untyped-call]
+
+
 def grouped_product(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """Each expert's rows times its matrix, [R, F]; `ends_E` int64 says where each expert's rows end."""
+    product_RF: Tensor = torch.ops.hardmoe.grouped_product(rows_RD, weight_EDF, ends_E)
+    return product_RF
+
+
+def grouped_outer(rows_RD: Tensor, others_RF: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's rows, transposed, times its other rows, [E, D, F]: the gradient of its matrix."""
+    product_EDF: Tensor = torch.ops.hardmoe.grouped_outer(rows_RD, others_RF, ends_E)
+    return product_EDF
+
+
+def _product(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     if _has_kernel(rows_RD, weight_EDF):
         product_RF = functional.grouped_mm(rows_RD.contiguous(), weight_EDF, offs=ends_E.int())
         inside_R = torch.arange(len(rows_RD), device=rows_RD.device) < ends_E[-1]
@@ -35,9 +50,7 @@ def grouped_product(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tens
     return product_RF
 
 
-@torch.library.custom_op("hardmoe::grouped_outer", mutates_args=())
-def grouped_outer(rows_RD: Tensor, others_RF: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's rows, transposed, times its other rows, [E, D, F]: the gradient of its matrix."""
+def _outer(rows_RD: Tensor, others_RF: Tensor, ends_E: Tensor) -> Tensor:
     if _has_kernel(rows_RD, others_RF):
         product_EDF = functional.grouped_mm(rows_RD.contiguous().T, others_RF.contiguous(), offs=ends_E.int())
         # The kernel need not write what has no rows.
@@ -51,12 +64,10 @@ def grouped_outer(rows_RD: Tensor, others_RF: Tensor, ends_E: Tensor) -> Tensor:
     return product_EDF
 
 
-@grouped_product.register_fake
 def _product_shape(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return rows_RD.new_empty(len(rows_RD), weight_EDF.shape[2])
 
 
-@grouped_outer.register_fake
 def _outer_shape(rows_RD: Tensor, others_RF: Tensor, ends_E: Tensor) -> Tensor:
     return rows_RD.new_empty(len(ends_E), rows_RD.shape[1], others_RF.shape[1])
 
@@ -72,7 +83,11 @@ def _product_gradients(ctx: Any, gradient_RF: Tensor) -> tuple[Tensor | None, Te
     return of_rows, of_weight, None
 
 
-grouped_product.register_autograd(_product_gradients, setup_context=_keep)
+# Not by `torch.library.custom_op`, whose first call imports torch's compiler: seconds, for every worker.
+for _name, _compute, _shape in (("grouped_product", _product, _product_shape), ("grouped_outer", _outer, _outer_shape)):
+    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"hardmoe::{_name}", _shape, lib=_LIBRARY)
+torch.library.register_autograd("hardmoe::grouped_product", _product_gradients, setup_context=_keep, lib=_LIBRARY)
 
 
 @register_flop_formula(torch.ops.hardmoe.grouped_product)

@@ -171,7 +171,9 @@ def test_grouped_products_pass_torchs_own_checks() -> None:
     rows, weight = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 3, 2, dtype=torch.float64)
     ends = torch.tensor([2, 2, 5])
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(grouped_product, (rows.requires_grad_(), weight.requires_grad_(), ends), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.hardmoe.grouped_product.default, (rows.requires_grad_(), weight.requires_grad_(), ends), test_utils=checks
+    )
     found = grouped_product(rows, weight, ends)
     expected = torch.cat([rows[:2] @ weight[0], rows[2:5] @ weight[2], torch.zeros(2, 2, dtype=torch.float64)])
     assert torch.allclose(found, expected)
