@@ -7,47 +7,17 @@ stderr. Exit codes: 0 done; 1 an error of hardmoe's own, one sentence; 2 usage; 
 
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 import hardmoe
+from hardmoe.cli.cluster import doctor, plan, submit
+from hardmoe.cli.options import building_options, recipe_options
 from hardmoe.errors import HardmoeError, StoppedError
 
 _SEEDS = 3
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def recipe_options(command: Command) -> Command:
-    """Options of every command that reads a recipe."""
-    options = [
-        click.option(
-            "-f", "--recipe", "recipe_path", type=click.Path(path_type=Path), help="Recipe file. [default: hardmoe.yaml]"
-        ),
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, as in partition.experts=16."
-        ),
-        click.option("--root", help="Override the run's root."),
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def building_options(command: Command) -> Command:
-    """Options of every command that builds something."""
-    options = [
-        click.option("--parallel", type=click.IntRange(min=1), help="At most so many units at a time."),
-        click.option("--backend", type=click.Choice(["ray", "inline"]), help="Override execution.backend."),
-        click.option("--address", help="Override execution.address: 'local', or a running Ray cluster's."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return recipe_options(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -250,69 +220,6 @@ def stop(seconds: float, **options: Any) -> None:
     stop_run(options, seconds)
 
 
-@cli.command()
-@click.option("--address", help="Look at every node of this Ray cluster (host:6379), as execution.address has it.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@recipe_options
-def doctor(as_json: bool, **options: Any) -> None:
-    """What this machine, or every node of a cluster, can do: versions, GPUs, memory, disk, the root; and remedies."""
-    from hardmoe.cli.doctor import examine
-
-    examine(options, as_json)
-
-
-def _variables(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    """`KEY=VALUE` each."""
-    if wrong := [text for text in value if not text.partition("=")[0].strip() or "=" not in text]:
-        raise click.BadParameter(f"{wrong[0]!r} is not of the form KEY=VALUE")
-    return {key: rest for key, _, rest in (text.partition("=") for text in value)}
-
-
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.option("--address", required=True, metavar="URL", help="The cluster's job server: http://head:8265.")
-@click.option("--checkout", is_flag=True, help="Also send the files of this checkout that git tracks, at most 20 MiB.")
-@click.option(
-    "--env",
-    "environment",
-    multiple=True,
-    callback=_variables,
-    metavar="KEY=VALUE",
-    help="A variable of the job; may be repeated.",
-)
-@click.option(
-    "--shared",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Every node mounts this directory at the same place, so the recipe may name paths in it; may be repeated.",
-)
-@click.option("--ca", type=click.Path(path_type=Path, exists=True), metavar="FILE", help="Certificates to trust, for https.")
-@click.option(
-    "--resubmit", type=click.IntRange(min=0), default=2, show_default=True, help="How often to go on if the driver dies."
-)
-@click.option("--detach", is_flag=True, help="Print the job's id and do not wait.")
-@click.option("--list", "list_", is_flag=True, help="List the cluster's jobs instead.")
-@click.option("--logs", metavar="JOB", help="Print what a job said instead.")
-@click.option("--stop", metavar="JOB", help="End a job instead.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def submit(command: tuple[str, ...], list_: bool, logs: str | None, stop: str | None, **options: Any) -> None:
-    """Run COMMAND, such as `run -f photos.yaml`, as a job on a Ray cluster; write it behind `--`."""
-    if bool(command) + list_ + (logs is not None) + (stop is not None) != 1:
-        raise click.UsageError("give a COMMAND behind '--', or one of --list, --logs JOB and --stop JOB")
-    from hardmoe.cli import submit as jobs
-    from hardmoe.execution.ray.jobs import JobServer
-
-    if command:
-        jobs.submit_command(cli, command, options)
-    elif list_:
-        jobs.list_jobs(JobServer(options["address"], options["ca"]))
-    elif logs is not None:
-        jobs.show_logs(JobServer(options["address"], options["ca"]), logs)
-    elif stop is not None:
-        jobs.stop_job(JobServer(options["address"], options["ca"]), stop)
-
-
 @cli.group()
 def bench() -> None:
     """Measure what this machine can do with a recipe; builds nothing."""
@@ -328,6 +235,10 @@ def bench_data(rows: int, seconds: float, as_json: bool, **options: Any) -> None
     from hardmoe.cli.bench import bench_data
 
     bench_data(options, rows, seconds, as_json)
+
+
+for command in (doctor, plan, submit):
+    cli.add_command(command)
 
 
 def main() -> None:

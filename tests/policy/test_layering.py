@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "models", "training", "neighbours"},
     FAMILIES,
     {"execution", "mixture"},
-    {"recipe", "pipeline", "cli", "__main__"},
+    {"recipe", "pipeline", "planning", "cli", "__main__"},
 ]
 """From the bottom to the top: a module imports from its own layer and from those below, never from above."""
 
