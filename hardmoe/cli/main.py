@@ -14,6 +14,7 @@ import click
 
 import hardmoe
 from hardmoe.cli import use
+from hardmoe.cli.cluster import doctor, plan, submit
 from hardmoe.cli.options import building_options, recipe_options
 from hardmoe.errors import HardmoeError, StoppedError
 
@@ -267,69 +268,6 @@ def stop(seconds: float, **options: Any) -> None:
     stop_run(options, seconds)
 
 
-@cli.command()
-@click.option("--address", help="Look at every node of this Ray cluster (host:6379), as execution.address has it.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@recipe_options
-def doctor(as_json: bool, **options: Any) -> None:
-    """What this machine, or every node of a cluster, can do: versions, GPUs, memory, disk, the root; and remedies."""
-    from hardmoe.cli.doctor import examine
-
-    examine(options, as_json)
-
-
-def _variables(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    """`KEY=VALUE` each."""
-    if wrong := [text for text in value if not text.partition("=")[0].strip() or "=" not in text]:
-        raise click.BadParameter(f"{wrong[0]!r} is not of the form KEY=VALUE")
-    return {key: rest for key, _, rest in (text.partition("=") for text in value)}
-
-
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.option("--address", required=True, metavar="URL", help="The cluster's job server: http://head:8265.")
-@click.option("--checkout", is_flag=True, help="Also send the files of this checkout that git tracks, at most 20 MiB.")
-@click.option(
-    "--env",
-    "environment",
-    multiple=True,
-    callback=_variables,
-    metavar="KEY=VALUE",
-    help="A variable of the job; may be repeated.",
-)
-@click.option(
-    "--shared",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Every node mounts this directory at the same place, so the recipe may name paths in it; may be repeated.",
-)
-@click.option("--ca", type=click.Path(path_type=Path, exists=True), metavar="FILE", help="Certificates to trust, for https.")
-@click.option(
-    "--resubmit", type=click.IntRange(min=0), default=2, show_default=True, help="How often to go on if the driver dies."
-)
-@click.option("--detach", is_flag=True, help="Print the job's id and do not wait.")
-@click.option("--list", "list_", is_flag=True, help="List the cluster's jobs instead.")
-@click.option("--logs", metavar="JOB", help="Print what a job said instead.")
-@click.option("--stop", metavar="JOB", help="End a job instead.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def submit(command: tuple[str, ...], list_: bool, logs: str | None, stop: str | None, **options: Any) -> None:
-    """Run COMMAND, such as `run -f photos.yaml`, as a job on a Ray cluster; write it behind `--`."""
-    if bool(command) + list_ + (logs is not None) + (stop is not None) != 1:
-        raise click.UsageError("give a COMMAND behind '--', or one of --list, --logs JOB and --stop JOB")
-    from hardmoe.cli import submit as jobs
-    from hardmoe.execution.ray.jobs import JobServer
-
-    if command:
-        jobs.submit_command(cli, command, options)
-    elif list_:
-        jobs.list_jobs(JobServer(options["address"], options["ca"]))
-    elif logs is not None:
-        jobs.show_logs(JobServer(options["address"], options["ca"]), logs)
-    elif stop is not None:
-        jobs.stop_job(JobServer(options["address"], options["ca"]), stop)
-
-
 @cli.group()
 def bench() -> None:
     """Measure what this machine can do with a recipe; builds nothing."""
@@ -347,7 +285,7 @@ def bench_data(rows: int, seconds: float, as_json: bool, **options: Any) -> None
     bench_data(options, rows, seconds, as_json)
 
 
-for command in use.COMMANDS:
+for command in (*use.COMMANDS, doctor, plan, submit):
     cli.add_command(command)
 
 

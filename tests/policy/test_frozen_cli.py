@@ -36,6 +36,7 @@ COMMANDS: dict[str, set[str]] = {
     "doctor": RECIPE | {"--address", "--json"},
     "submit": {"COMMAND", "--address", "--checkout", "--env", "--shared", "--ca", "--resubmit", "--detach"}
     | {"--list", "--logs", "--stop", "--debug"},
+    "plan": RECIPE | {"--images", "--image-bytes", "--experts", "--gpus", "--nodes", "--cpus", "--calibrate", "--rate", "--json"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

@@ -22,7 +22,7 @@ LAYERS = [
     FAMILIES,
     {"execution", "mixture"},
     {"bulk", "searching"},
-    {"recipe", "pipeline", "cli", "__main__"},
+    {"recipe", "pipeline", "planning", "cli", "__main__"},
 ]
 """From the bottom to the top: a module imports from its own layer and from those below, never from above."""
 

@@ -7,7 +7,6 @@ and Ray Workflows (removed from Ray after 2.47).
 """
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -20,11 +19,11 @@ from hardmoe.errors import BackendError
 from hardmoe.execution.ray.connection import init
 from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
+from hardmoe.execution.slots import Slots
 from hardmoe.execution.task import UnitOutcome, UnitTask
 from hardmoe.stage import Resources
 
 _OBJECT_STORE_BYTES = 128 * 2**20
-_QUEUED_AHEAD = 1
 _LOOK_SECONDS = 5.0
 
 
@@ -47,7 +46,7 @@ class RayBackend:
             with interrupts_held_back():
                 self._start(max((demand.num_cpus for demand in demands), default=1))
         for demand in demands:
-            if self._fitting(demand) == 0:
+            if self._slots.fitting(demand) == 0:
                 there = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes) or "no node"
                 raise BackendError(
                     f"a unit asks for {demand.num_cpus} CPUs and {demand.num_gpus or 0:g} GPUs, which no node of the Ray cluster "
@@ -55,23 +54,16 @@ class RayBackend:
                 )
 
     def has_room(self, demand: Resources, handed_over: Mapping[Resources, int]) -> bool:
-        """As many of this demand as fit on the nodes, and of all together as there are CPUs; and one to follow the first done."""
-        cpus = sum(other.num_cpus * count for other, count in handed_over.items())
-        there = sum(node.get("CPU", 0.0) for node in self._nodes)
-        return handed_over.get(demand, 0) < self._fitting(demand) + _QUEUED_AHEAD and cpus < there + _QUEUED_AHEAD
+        """See `Slots.has_room`."""
+        return self._slots.has_room(demand, handed_over)
 
-    def _fitting(self, demand: Resources) -> int:
-        gpus = self._gpus(demand)
-        total = 0
-        for node in self._nodes:
-            by_cpu = node.get("CPU", 0.0) // demand.num_cpus
-            by_gpu = node.get("GPU", 0.0) / gpus if gpus else math.inf
-            total += int(min(by_cpu, by_gpu))
-        return total
+    @property
+    def _slots(self) -> Slots:
+        return Slots(self._nodes, uses_gpus=self._uses_gpus)
 
     def submit(self, task: UnitTask) -> None:
         """Queue the task as a Ray task of its own."""
-        gpus = self._gpus(task.stage.resources)
+        gpus = self._slots.gpus(task.stage.resources)
         options = {"num_cpus": task.stage.resources.num_cpus, "num_gpus": gpus, "max_retries": 0, "name": task.label}
         with interrupts_held_back():
             self._running[self._remote.options(**options).remote(replace(task, use_gpu=gpus > 0))] = task
@@ -114,11 +106,6 @@ class RayBackend:
         except ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines()
             return UnitOutcome(task, infrastructure=f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
-
-    def _gpus(self, demand: Resources) -> float:
-        if demand.num_gpus is not None:
-            return demand.num_gpus
-        return float(self._uses_gpus)
 
     def _look_at_nodes(self) -> None:
         """The nodes there are, and those that an autoscaler would add: units must wait in Ray for it to see any demand."""

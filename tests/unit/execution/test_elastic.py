@@ -74,4 +74,4 @@ def test_node_that_came_makes_room_and_gpus_that_went_do_not_send_units_to_cpus(
     assert backend.has_room(training, {training: 3}) and not backend.has_room(training, {training: 4})
     monkeypatch.setattr(connection, "living_nodes", lambda: [HEAD, {"CPU": 4.0}])
     backend._look_at_nodes()
-    assert backend._gpus(training) == 1.0 and not backend.has_room(training, {training: 1})
+    assert backend._slots.gpus(training) == 1.0 and not backend.has_room(training, {training: 1})

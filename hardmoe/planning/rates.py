@@ -1,0 +1,106 @@
+"""How fast units are: stated, measured by a finished run, or else what a usual machine does.
+
+A finished run's provenance holds every unit's seconds. Divided by the rows that its stage went through they give seconds per row
+of each kind of stage, which hold for more rows of the same networks on the same machines at the same concurrency. Rejected: a
+calibration of its own that times every stage anew, which a small run does better, as it is one.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hardmoe.artifacts.record import PROVENANCE_NAME
+from hardmoe.artifacts.store import ArtifactStore
+from hardmoe.errors import RecipeError
+from hardmoe.planning.work import Shape, rows_of
+from hardmoe.recipe import Recipe
+from hardmoe.stage import Stage
+from hardmoe.storage import Storage, join, read_if_there
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one unit on one slot."""
+
+    gpu_tflops: float = 40.0
+    """What networks reach on a GPU, forward and backward; a third of the data sheet is usual for residual networks."""
+    cpu_gflops: float = 30.0
+    """What networks reach on a CPU core."""
+    decode: float = 400.0
+    """Images per second and core: reading, decoding and resizing 500 pixels to 224."""
+    ingest: float = 300.0
+    """Images per second: decoding in full, hashing, writing."""
+    rows: float = 50_000.0
+    """Rows per second of tables without images."""
+    copy: float = 5_000.0
+    """Images per second that are written to their part."""
+    distances: float = 2e8
+    """Products of a feature's dimension with a centroid's, per second and core."""
+    fit: float = 100_000.0
+    """Embeddings per second that the decoder is fitted on."""
+    unit_seconds: float = 0.1
+    """What handing over a unit costs beside its work."""
+    start_seconds: float = 10.0
+    """Of the driver and of Ray, before the first unit."""
+    gpu_price: float = 0.0
+    """Per GPU and hour, with the CPUs that come with it."""
+    cpu_price: float = 0.0
+    """Per CPU and hour where no GPU is used."""
+    seconds_per_row: Mapping[str, float] = field(default_factory=dict)
+    """Measured, by kind of stage."""
+
+    @classmethod
+    def stated(cls, values: Mapping[str, str]) -> "Rates":
+        """The defaults with some of them stated.
+
+        Raises:
+            RecipeError: there is no such rate, or it is no number above zero.
+        """
+        known = [name for name in cls.__dataclass_fields__ if name != "seconds_per_row"]
+        found: dict[str, Any] = {}
+        for name, text in values.items():
+            if name not in known:
+                raise RecipeError(f"--rate {name}={text}: there is no such rate; state {', '.join(known)}")
+            try:
+                found[name] = float(text)
+            except ValueError:
+                found[name] = -1.0
+            if not (found[name] > 0 or (found[name] == 0 and name.endswith("price"))):
+                raise RecipeError(f"--rate {name}={text}: not a number above zero")
+        return replace(cls(), **found)
+
+    def measured(self, storage: Storage, recipe: Recipe, stages: list[Stage]) -> "Rates":
+        """With what a finished run took.
+
+        Args:
+            storage: its root.
+            recipe: its recipe.
+            stages: all of its stages.
+
+        Raises:
+            RecipeError: nothing in it is finished.
+        """
+        dataset = ArtifactStore(storage).find("dataset")
+        if dataset is None:
+            raise RecipeError(f"--calibrate: nothing is finished in {storage.where()}; name the root of a finished run")
+        shape = Shape.of_recipe(recipe, sum(dataset.payload["sizes"].values()))
+        seconds: dict[str, float] = {}
+        rows: dict[str, float] = {}
+        for stage in stages:
+            taken = _seconds_of(storage, stage.name)
+            if taken is not None:
+                seconds[stage.kind] = seconds.get(stage.kind, 0.0) + taken
+                rows[stage.kind] = rows.get(stage.kind, 0.0) + rows_of(stage, recipe, shape)
+        return replace(self, seconds_per_row={kind: taken / max(1.0, rows[kind]) for kind, taken in seconds.items()})
+
+
+def _seconds_of(storage: Storage, name: str) -> float | None:
+    """Seconds of all units of a stage together; None if it was not built here."""
+    data = read_if_there(storage, join(name, PROVENANCE_NAME))
+    body = {} if data is None else json.loads(data)
+    if not body.get("units"):
+        return None
+    shown = body["units"]
+    total: float = sum(unit["seconds"] for unit in shown) * body.get("num_units", len(shown)) / len(shown)
+    return total
