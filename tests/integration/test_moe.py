@@ -51,7 +51,7 @@ def test_costs_count_the_active_part_of_each(directory: Path) -> None:
     per_expert = 2 * 192 * 768 + 768 + 192
     assert costs["trunk"]["parameters"] - costs["trunk"]["active_parameters"] == 2 * 2 * per_expert
     assert costs["soft"]["parameters"] == costs["soft"]["active_parameters"]
-    # Five items, two experts each, in two layers; the rival has them in every second of six blocks; a mixture passes two.
+    # Five items, two experts each, in two layers, of the rival in three; a mixture passes gate and expert.
     routed = 2 * 5 * 2 * 2 * 2 * 192 * 768
     assert costs["trunk"]["routed_flops"] == routed
     assert costs["soft"]["routed_flops"] == 3 * routed // 2
