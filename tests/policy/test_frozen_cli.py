@@ -33,6 +33,8 @@ COMMANDS: dict[str, set[str]] = {
     "embed": RECIPE | BULK | {"IMAGES"},
     "index": RECIPE | {"--vectors", "--kind", "--recall"},
     "search": RECIPE | {"QUERY", "--vectors", "-n", "--json"},
+    "export": RECIPE | {"-o", "--out", "--onnx", "--programs"},
+    "serve": RECIPE | {"--host", "--port", "--memory-gib", "--vectors"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 
