@@ -108,8 +108,9 @@ class Mixture:
         """Whether the JPEG decoder may scale down while it decodes."""
         self.image_size = architecture.image_size
         """S: images are resized (shorter side, then centre crop) to so many pixels."""
-        self._trunk = load_network(trunk).to(self.device)
-        self._backbone_name = architecture.backbone
+        self.trunk = load_network(trunk).to(self.device)
+        self.backbone = architecture.backbone
+        """The name of the trunk's network."""
         most_bytes = None if options.memory_gib is None else int(options.memory_gib * 2**30)
         self.experts: NetworkCache[TagClassifier] = NetworkCache(self._load_expert, most_bytes)
         """The experts in memory."""
@@ -223,7 +224,7 @@ class Mixture:
         """The images as gate and experts go on from them."""
         if self.shared_stage is None or not len(pixels_N3SS):
             return Seen(pixels_N3SS)
-        shared = split(self._trunk.backbone, self.shared_stage, self._backbone_name).shared
+        shared = split(self.trunk.backbone, self.shared_stage, self.backbone).shared
         batches = predict_features(shared, [pixels_N3SS], self._batch_size(len(pixels_N3SS)), self.device)
         return Seen(pixels_N3SS, torch.cat(list(batches)))
 
@@ -280,7 +281,7 @@ class Mixture:
                 backbone = self._maybe_compiled(network.backbone)
                 batches = predict_features(backbone, [seen.pixels_N3SS[rows_n]], batch_size, self.device)
                 return torch.cat([features_BD.cpu() for features_BD in batches])
-            rest = split(network.backbone, self.shared_stage, self._backbone_name).rest
+            rest = split(network.backbone, self.shared_stage, self.backbone).rest
             maps_nCHW = seen.maps_NCHW[torch.from_numpy(rows_n).to(self.device)]
             return predict_from_maps(self._maybe_compiled(rest), maps_nCHW, batch_size).cpu()
 
@@ -289,7 +290,7 @@ class Mixture:
 
     def _routing_features(self, seen: Seen) -> NDArray[np.float32]:
         """The trunk's features as they are stored: rounded to float16, float32 [N, D]."""
-        return self._features(self._trunk, seen, np.arange(len(seen))).numpy().astype(np.float16).astype(np.float32)
+        return self._features(self.trunk, seen, np.arange(len(seen))).numpy().astype(np.float16).astype(np.float32)
 
     def _temperature(self, num_experts: int) -> float:
         """By which the run mixes so many experts; no matter for one.

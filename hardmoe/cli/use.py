@@ -15,6 +15,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _K = 10
 _COUNT = 10
+_PORT = 8000
 _RECALL = 0.95
 
 
@@ -96,4 +97,31 @@ def search(query: str, vectors: str | None, count: int, as_json: bool, **options
     searching.search(options, query, vectors, count, as_json)
 
 
-COMMANDS: list[click.Command] = [predict, embed, index, search]
+@click.command()
+@click.option("-o", "--out", required=True, help="Folder (path or URI) to write.")
+@click.option("--onnx", is_flag=True, help="Also ONNX of every piece, checked with ONNX Runtime (pip install 'hardmoe[onnx]').")
+@click.option("--programs", is_flag=True, help="Also torch.export programs of every piece with its weights.")
+@recipe_options
+def export(out: str, onnx: bool, programs: bool, **options: Any) -> None:
+    """Write the mixture as a folder that loads without hardmoe: safetensors, graphs, a loader, a model card."""
+    from hardmoe.cli.export import export_run
+
+    export_run(options, out, onnx, programs)
+
+
+@click.command()
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a token in HARDMOE_TOKEN."
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=_PORT, show_default=True, help="Port to listen on.")
+@click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="What experts may take together.")
+@_VECTORS
+@recipe_options
+def serve(host: str, port: int, memory_gib: float | None, vectors: str | None, **options: Any) -> None:
+    """Serve the mixture over HTTP, with a page to try it, until interrupted."""
+    from hardmoe.cli.serve import serve_run
+
+    serve_run(options, host, port, memory_gib, vectors)
+
+
+COMMANDS: list[click.Command] = [predict, embed, index, search, export, serve]

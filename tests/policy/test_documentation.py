@@ -1,16 +1,20 @@
 """The README under test: every `hardmoe …` command in it is run, in the order of the page, by a stranger with 500 images.
 
-A block's info string says what it is: `sh` is run, `sh cluster` needs a running Ray cluster, `sh object-store` a bucket, and
-neither is, `python` is run, `yaml` is a recipe whose first line names its file. A command that must fail says so:
-`# exit code 1`. The shipped recipes are replaced by shrunken ones (their keys over another collection and fewer steps), as
-what is tested is the page.
+A block's info string says what it is: `sh` is run, `sh server` is started, asked whether it is ready, and ended, `sh cluster`
+needs a running Ray cluster, `sh object-store` a bucket, and neither is, `python` is run, `yaml` is a recipe whose first line
+names its file. A command that must fail says so: `# exit code 1`. The shipped recipes are replaced by shrunken ones (their keys
+over another collection and fewer steps), as what is tested is the page.
 """
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,7 @@ README = REPOSITORY / "README.md"
 _FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _EXIT_CODE = re.compile(r"# exit code (\d+)")
 _NOT_OURS = ("make ", "git clone ", "cd ", "source ")
-_SHELL = {"sh", "sh cluster", "sh object-store"}
+_SHELL = {"sh", "sh server", "sh cluster", "sh object-store"}
 _QUICK: dict[str, Any] = {"experts": {"epochs": 1}, "evaluation": {"random_partition": False}, "execution": {"backend": "inline"}}
 
 
@@ -81,6 +85,27 @@ def _run(arguments: Sequence[str], directory: Path, environment: dict[str, str])
     return subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
 
 
+def _serve(commands: Sequence[str], directory: Path, environment: dict[str, str]) -> int:
+    """Start a server, wait until it is ready, end it; returns 1."""
+    (command,) = commands
+    port = int(command.rpartition("--port ")[2])
+    with subprocess.Popen(command.split(), cwd=directory, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        told = server.stderr.readline()
+        until = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                    assert answer.status == 200
+                    break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < until, told + server.stderr.read()
+                threading.Event().wait(0.1)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) in (0, 130), server.stderr.read()
+    return 1
+
+
 @pytest.mark.long
 def test_readme_runs_from_top_to_bottom_as_it_stands(tmp_path: Path) -> None:
     environment = _prepare(tmp_path)
@@ -91,6 +116,8 @@ def test_readme_runs_from_top_to_bottom_as_it_stands(tmp_path: Path) -> None:
         elif block.info == "python":
             result = _run([sys.executable, "-W", "error", "-c", block.body], tmp_path, environment)
             assert result.returncode == 0, f"{block.body}\n{result.stderr}"
+        elif block.info == "sh server":
+            num_run += _serve(block.commands, tmp_path, environment)
         for command in block.commands if block.info == "sh" else []:
             if command.startswith(_NOT_OURS):
                 continue

@@ -37,6 +37,8 @@ COMMANDS: dict[str, set[str]] = {
     "submit": {"COMMAND", "--address", "--checkout", "--env", "--shared", "--ca", "--resubmit", "--detach"}
     | {"--list", "--logs", "--stop", "--debug"},
     "plan": RECIPE | {"--images", "--image-bytes", "--experts", "--gpus", "--nodes", "--cpus", "--calibrate", "--rate", "--json"},
+    "export": RECIPE | {"-o", "--out", "--onnx", "--programs"},
+    "serve": RECIPE | {"--host", "--port", "--memory-gib", "--vectors"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

@@ -1,0 +1,1 @@
+"""A mixture behind HTTP: the engine that batches requests, the application with its limits, the page."""

@@ -1,0 +1,57 @@
+"""The server under the application: uvicorn, with a deadline for headers, which it lacks.
+
+A connection that sends nothing, or a header byte a minute, would otherwise be held for ever, and count against the limit of
+connections. Rejected: a watchdog over all connections, which needs their protocols' insides too.
+"""
+
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from hardmoe.serving.limits import Limits
+
+
+class _Protocol(H11Protocol):
+    """Closes connections whose headers take too long; `header_seconds` is set by `make_server`."""
+
+    header_seconds = 10.0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline: Any = None
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        self._expect_headers()
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expect_headers(self) -> None:
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._deadline = self.loop.call_later(self.header_seconds, self._expire, self.cycle)
+
+    def _expire(self, before: Any) -> None:
+        self._deadline = None
+        if self.cycle is before and not self.transport.is_closing():
+            self.transport.close()
+
+
+def make_server(app: Starlette, limits: Limits, host: str, port: int) -> uvicorn.Server:
+    """A server of an application, not started yet."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=type("Protocol", (_Protocol,), {"header_seconds": limits.body_seconds}),
+        log_level="warning",
+        limit_concurrency=limits.max_connections,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=30,
+        server_header=False,
+    )
+    return uvicorn.Server(config)
