@@ -62,7 +62,7 @@ $(READY): requirements.lock pyproject.toml
 ONLY_CUDA := platform_system == "Linux" and platform_machine == "x86_64"
 NO_CUDA := platform_system != "Linux" or platform_machine != "x86_64"
 lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml (on Linux x86-64)
-	@$(BIN)/pip-compile --quiet --upgrade --extra demo --extra huggingface --extra iconify --extra timm --extra onnx --extra serve --extra test --extra bench --extra dev \
+	@$(BIN)/pip-compile --quiet --upgrade --extra demo --extra huggingface --extra iconify --extra timm --extra onnx --extra serve --extra cluster --extra test --extra bench --extra dev \
 		--all-build-deps --strip-extras \
 		--unsafe-package pip --no-header --no-annotate --no-emit-options --no-emit-index-url --no-emit-trusted-host \
 		--no-emit-find-links --output-file requirements.new pyproject.toml
