@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "models", "training", "neighbours"},
     FAMILIES,
     {"execution", "mixture"},
-    {"bulk", "searching"},
+    {"bulk", "searching", "detection"},
     {"recipe", "pipeline", "cli", "__main__"},
 ]
 """From the bottom to the top: a module imports from its own layer and from those below, never from above."""
