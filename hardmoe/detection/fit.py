@@ -1,8 +1,8 @@
 """The training of a detector: torchvision's losses plus whatever the network's modules ask for, by the one hook.
 
 The order of canvases is a hash of their numbers and the epoch, noise in gates is seeded by the step, and checkpoints hold
-weights, buffers and the optimiser's state: a training that was killed ends with the same bits. Rejected: the loop of `hardmoe.training`,
-whose batches are squares with hashtags and whose validation ranks hashtags.
+weights, buffers and the optimiser's state: a training that was killed ends with the same bits. Rejected: the loop of
+`hardmoe.training`, whose batches are squares with hashtags and whose validation ranks hashtags.
 
 Shape letters: B canvases of a batch, N canvases.
 """

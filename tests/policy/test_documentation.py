@@ -32,6 +32,15 @@ _NOT_OURS = ("make ", "git clone ", "cd ", "source ")
 _SHELL = {"sh", "sh cluster", "sh object-store"}
 _QUICK: dict[str, Any] = {"experts": {"epochs": 1}, "evaluation": {"random_partition": False}, "execution": {"backend": "inline"}}
 
+_DETECTION: dict[str, Any] = {
+    "root": "runs/detection",
+    "dataset": {"source": "parquet", "path": "icons/*.parquet"},
+    "canvases": {"size": 64, "num_train": 16, "num_test": 8, "num_classes": 1, "sizes": [[8, 10], [16, 22], [30, 50]]},
+    "detector": {"width": 4, "channels": 8, "depth": 1},
+    "bootstrap_replicates": 10,
+    "execution": {"backend": "inline"},
+}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -64,6 +73,7 @@ def _prepare(directory: Path) -> dict[str, str]:
         body = merged(merged(merged(shipped, small), _QUICK), changes)
         body["dataset"] = {**SMALL["dataset"], **body["dataset"], "shard_rows": 512}
         (recipes / name).write_text(yaml.safe_dump(body))
+    (recipes / "detection.yaml").write_text(yaml.safe_dump(_DETECTION))
     (directory / "pictures").mkdir()
     pictures = {f"{number:04d}.png": example for number, example in enumerate(examples)}
     for name, example in pictures.items():
