@@ -24,6 +24,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.ops import FeaturePyramidNetwork
 
+from hardmoe.hashing import derive_seed
 from hardmoe.models.moe.config import MoeConfig
 from hardmoe.models.moe.experts.modules import ModuleExperts
 from hardmoe.models.moe.layer import MoeLayer
@@ -210,6 +211,6 @@ def give_experts(detector: Detector, heads: Sequence[str], config: MoeConfig, se
         attribute = "bbox_reg" if name == "regression" else "cls_logits"
         dense: nn.Module = getattr(head, attribute)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(derive_seed(seed, name))
             experts = ModuleExperts(lambda dense=dense: copy.deepcopy(dense), full.num_experts or 1)  # type: ignore[misc]
             setattr(head, attribute, image_layer(experts, detector.plan.channels, full, LevelMoeLayer))
