@@ -155,10 +155,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: anything about it is wrong; says what and how to mend it.
     """
+    return _from_here(parse_recipe(read_body(path, overrides), str(path)))
+
+
+def read_body(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read, extend and override a recipe, or another file of sections, without a look at what its keys mean.
+
+    Raises:
+        RecipeError: a file cannot be read, or an override is none.
+    """
     body = _read_extended(path, ())
     for text in overrides:
         _override(body, text)
-    return _from_here(parse_recipe(body, str(path)))
+    return body
 
 
 def parse_recipe(body: Mapping[str, Any], where: str) -> Recipe:
@@ -184,14 +193,14 @@ def _from_here(recipe: Recipe) -> Recipe:
         section: Config = getattr(recipe, name)
         places = {key: getattr(section, key) for key in keys}
         absolute = {
-            key: [_absolute(each) for each in place] if isinstance(place, list) else place and _absolute(place)
+            key: [absolute_place(each) for each in place] if isinstance(place, list) else place and absolute_place(place)
             for key, place in places.items()
         }
         sections[name] = section.model_copy(update=absolute)
     if recipe.experts.init_path is not None:
-        sections["experts"] = recipe.experts.model_copy(update={"init": _absolute(recipe.experts.init_path)})
+        sections["experts"] = recipe.experts.model_copy(update={"init": absolute_place(recipe.experts.init_path)})
     if recipe.experts.init_root is not None:
-        sections["experts"] = recipe.experts.model_copy(update={"init": f"run:{_absolute(recipe.experts.init_root)}"})
+        sections["experts"] = recipe.experts.model_copy(update={"init": f"run:{absolute_place(recipe.experts.init_root)}"})
     if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
         # The name of a dataset on a hub, and no path.
         sections["dataset"] = sections["dataset"].model_copy(update={"path": recipe.dataset.path})
@@ -215,7 +224,8 @@ def _is_there(place: str | list[str] | None) -> bool:
     return isinstance(place, str) and Path(place).expanduser().exists()
 
 
-def _absolute(place: str) -> str:
+def absolute_place(place: str) -> str:
+    """A path from the root on; a URI as it is."""
     if "://" in place:
         return place
     # A slash at the end says that a folder is meant; Path would drop it.

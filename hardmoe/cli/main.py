@@ -213,6 +213,16 @@ def sweep(study: Path, only: tuple[str, ...], dry_run: bool, as_json: bool, **op
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@building_options
+def detection(as_json: bool, **options: Any) -> None:
+    """Train detectors with and without experts in their heads on canvases of a source's images, and compare them."""
+    from hardmoe.cli.detection import run_detection
+
+    run_detection(options, as_json)
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until nothing is running.")
 @recipe_options

@@ -36,6 +36,15 @@ _NOT_OURS = ("make ", "git clone ", "cd ", "source ")
 _SHELL = {"sh", "sh server", "sh cluster", "sh object-store"}
 _QUICK: dict[str, Any] = {"experts": {"epochs": 1}, "evaluation": {"random_partition": False}, "execution": {"backend": "inline"}}
 
+_DETECTION: dict[str, Any] = {
+    "root": "runs/detection",
+    "dataset": {"source": "parquet", "path": "icons/*.parquet"},
+    "canvases": {"size": 64, "num_train": 16, "num_test": 8, "num_classes": 1, "sizes": [[8, 10], [16, 22], [30, 50]]},
+    "detector": {"width": 4, "channels": 8, "depth": 1},
+    "bootstrap_replicates": 10,
+    "execution": {"backend": "inline"},
+}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -68,6 +77,7 @@ def _prepare(directory: Path) -> dict[str, str]:
         body = merged(merged(merged(shipped, small), _QUICK), changes)
         body["dataset"] = {**SMALL["dataset"], **body["dataset"], "shard_rows": 512}
         (recipes / name).write_text(yaml.safe_dump(body))
+    (recipes / "detection.yaml").write_text(yaml.safe_dump(_DETECTION))
     (directory / "pictures").mkdir()
     pictures = {f"{number:04d}.png": example for number, example in enumerate(examples)}
     for name, example in pictures.items():
@@ -82,7 +92,7 @@ def _prepare(directory: Path) -> dict[str, str]:
 
 
 def _run(arguments: Sequence[str], directory: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def _serve(commands: Sequence[str], directory: Path, environment: dict[str, str]) -> int:
@@ -107,6 +117,7 @@ def _serve(commands: Sequence[str], directory: Path, environment: dict[str, str]
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_readme_runs_from_top_to_bottom_as_it_stands(tmp_path: Path) -> None:
     environment = _prepare(tmp_path)
     num_run = 0

@@ -24,6 +24,7 @@ COMMANDS: dict[str, set[str]] = {
     "report": BUILD,
     "run": BUILD | {"--dry-run"},
     "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address", "--debug"},
+    "detection": BUILD | {"--json"},
     "status": RECIPE | {"--json", "--watch"},
     "logs": RECIPE | {"NAME", "--failed"},
     "show": RECIPE | {"NAME", "--json"},

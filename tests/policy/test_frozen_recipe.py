@@ -12,13 +12,16 @@ from iconify_layout import LEFT_HALF, write_package
 from support import hardmoe, snapshot
 from yfcc_layout import write_yfcc
 
+from hardmoe.cli.detection import read_detection
 from hardmoe.cli.study import read_study
 from hardmoe.config import Config
+from hardmoe.detection.config import DetectionConfig
 from hardmoe.recipe import Recipe, load_recipe
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 STUDIES = {path for path in PIPELINES.rglob("*.yaml") if "\nlines:" in path.read_text()}
-RECIPES = sorted({*PIPELINES.rglob("*.yaml")} - STUDIES)
+DETECTIONS = {path for path in PIPELINES.rglob("*.yaml") if "\ncanvases:" in path.read_text()}
+RECIPES = sorted({*PIPELINES.rglob("*.yaml")} - STUDIES - DETECTIONS)
 
 IDENTITY = """
     dataset.source dataset.image_column dataset.tags_column dataset.id_column dataset.split_column
@@ -193,6 +196,22 @@ def test_every_key_is_explained_in_a_sentence() -> None:
     assert [key for key, field in fields.items() if not (field.description or "").strip().endswith(".")] == []
 
 
+def test_every_key_of_a_detection_is_explained_and_only_places_are_operational() -> None:
+    sections = {"": DetectionConfig}
+    sections |= {
+        f"{name}.": field.annotation
+        for name, field in DetectionConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config) and name != "dataset"
+    }
+    keys = {f"{prefix}{name}": field for prefix, section in sections.items() for name, field in section.model_fields.items()}
+    assert [key for key, field in keys.items() if not (field.description or "").strip().endswith(".")] == []
+    operational = {f"{prefix}{name}" for prefix, section in sections.items() for name in section.operational_fields()}
+    assert {key for key in operational if not key.startswith("execution")} == {
+        "root",
+        *(f"{section}.{key}" for section in ("baseline", "heads") for key in ("num_threads", "checkpoint_every_steps")),
+    }
+
+
 def test_schema_for_editors_knows_every_key(tmp_path: Path) -> None:
     result = hardmoe(tmp_path, "init", "--schema")
     assert result.returncode == 0, result.stderr
@@ -231,12 +250,15 @@ def test_shipped_recipe_dry_runs_and_builds_nothing(project: Path, recipe: Path)
     assert all(path.endswith("/_progress/inventory.json") for path in new), new
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *sorted(STUDIES)], ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", [*RECIPES, *sorted(STUDIES | DETECTIONS)], ids=lambda path: path.name)
 def test_shipped_recipe_says_its_command_and_stands_in_the_table(recipe: Path) -> None:
     head = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any("Command:" in line for line in head), "a recipe states its command in its head"
     assert f"`{recipe.relative_to(PIPELINES)}`" in (PIPELINES / "README.md").read_text()
-    root = read_study(recipe)[0].root if recipe in STUDIES else load_recipe(recipe).root
+    if recipe in DETECTIONS:
+        root = read_detection({"recipe_path": recipe, "overrides": []}).root
+    else:
+        root = read_study(recipe)[0].root if recipe in STUDIES else load_recipe(recipe).root
     assert root.startswith("runs/"), "a shipped recipe writes below runs/, which git ignores"
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "models", "training", "neighbours"},
     FAMILIES,
     {"execution", "mixture"},
-    {"bulk", "searching", "export"},
+    {"bulk", "searching", "export", "detection"},
     {"serving"},
     {"recipe", "pipeline", "planning", "cli", "__main__"},
 ]

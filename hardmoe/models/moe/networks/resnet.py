@@ -103,7 +103,7 @@ def _replace_stage(network: nn.Module, depth: int, stage: int, config: MoeConfig
     convolutions = [module for module in dense.modules() if isinstance(module, nn.Conv2d)]
     before, stride = convolutions[0].in_channels, 1 if stage == 1 else 2
     after = 64 * 2 ** (stage - 1) * (1 if depth == 18 else 4)
-    layer = _image_layer(ModuleExperts(lambda: narrow_stage(depth, stage), config.num_experts or 1), before, config)
+    layer = image_layer(ModuleExperts(lambda: narrow_stage(depth, stage), config.num_experts or 1), before, config)
     around = nn.Identity() if before == after else _initialised(_projection(before, after, stride))
     setattr(network, f"layer{stage}", AroundExperts(layer, around) if shortcut else layer)
 
@@ -114,12 +114,17 @@ def _replace_convolution(network: nn.Module, place: int, config: MoeConfig) -> N
     dense = parent.get_submodule(name)
     assert isinstance(dense, nn.Conv2d)
     experts = ModuleExperts(lambda: _initialised(copy.deepcopy(dense)), config.num_experts or 1)
-    layer = _image_layer(experts, dense.in_channels, config)
+    layer = image_layer(experts, dense.in_channels, config)
     layer.dense_names = (name,)
     setattr(parent, name, layer)
 
 
-def _image_layer(experts: ModuleExperts, channels: int, config: MoeConfig) -> MoeLayer:
+def image_layer(experts: ModuleExperts, channels: int, config: MoeConfig, kind: type[MoeLayer] = MoeLayer) -> MoeLayer:
+    """A layer that decides once for every map it is given, of a config without nulls.
+
+    Raises:
+        RecipeError: router, constraint or k are none of such a layer's.
+    """
     check_k(config.k or 1, experts.num_experts)
     router = _router(config, channels, experts.num_experts)
     hard = config.constraint in _THRESHOLDS
@@ -129,7 +134,7 @@ def _image_layer(experts: ModuleExperts, channels: int, config: MoeConfig) -> Mo
             f"{', '.join([*_LOSSES, *_THRESHOLDS])}"
         )
     weights = {} if hard else dict.fromkeys(_LOSSES[config.constraint or "none"], config.loss_weight or 0.0)
-    return MoeLayer(router, experts, plan_of(config, _WHOLE_BATCH), weights, item_dims=3)
+    return kind(router, experts, plan_of(config, _WHOLE_BATCH), weights, item_dims=3)
 
 
 def _router(config: MoeConfig, channels: int, num_experts: int) -> Router:
