@@ -32,7 +32,7 @@ def init(address: str, options: dict[str, Any]) -> None:
     import ray
 
     try:
-        if address not in ("local", "auto") and "/" not in address:
+        if "/" not in address and address.rpartition(":")[2].isdecimal():
             # Asks for the cluster's id: `ray.init` takes half a minute to find out that a token is wrong, and does not say so.
             ray._raylet.GcsClient(address=address)
         ray.init(address=address, **options)
