@@ -47,7 +47,8 @@ class Page:
         return json.loads(message)
 
     def open(self, url: str, width: int, height: int = 800) -> None:
-        """Load a page at a width in pixels."""
+        """Load a page at a width in pixels; errors of earlier ones are forgotten."""
+        self.errors.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
