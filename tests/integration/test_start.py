@@ -186,17 +186,19 @@ def test_image_passes_the_shared_stages_once_and_comes_out_as_it_was_stored(bran
         for row in pq.read_table(path).to_pylist()
     }
     seen: list[int] = []
-    stem = mixture._trunk.backbone.network.get_submodule("stem")
+    stem = mixture.trunk.backbone.network.get_submodule("stem")
     stem.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
     found = mixture.embed(images)
     assert len(seen) == -(-len(images) // seen[0]), "one pass of the shared stages for each batch, and no more"
-    for expert in mixture._experts.values():
+    for number in mixture.experts.numbers:
+        expert = mixture.experts.get(number)
         expert.backbone.network.get_submodule("stem").register_forward_hook(lambda *_: pytest.fail("an expert ran its own stem"))
     assert np.array_equal(mixture.embed(images), found)
     experts = torch.tensor([stored[row["example_id"]][0] for row in rows])
     embeddings = torch.tensor(np.array([stored[row["example_id"]][1] for row in rows], np.float32))
     with torch.inference_mode():
-        assert np.array_equal(mixture.decoder.align(embeddings, experts).numpy(), found)
+        # What is stored was rounded to float16.
+        np.testing.assert_allclose(mixture.decoder.align(embeddings, experts).numpy(), found, rtol=2e-3, atol=2e-3)
     assert [each.expert for each in mixture.predict(images[:5])] == experts[:5].tolist()
 
 
