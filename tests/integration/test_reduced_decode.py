@@ -62,12 +62,12 @@ def test_mixture_decodes_as_the_run_did(root: Path) -> None:
     full, reduced = (load_square(images[0], SIZE, 1 << 20, reduced=flag) for flag in (False, True))
     assert not np.array_equal(full, reduced), "the two ways must differ for this test to say anything"
     mixture = Mixture.load(str(root))
-    assert np.array_equal(mixture._decoded(images[:1])[0], reduced)
+    assert np.array_equal(mixture.pixels(images[:1])[0], reduced)
     assert mixture.route(images).tolist() == [expert for _, expert, _ in rows]
     stored = {
         row["example_id"]: row["feature"]
         for path in root.glob("features/split=test/*")
         for row in pq.read_table(path).to_pylist()
     }
-    found = mixture._features(mixture._trunk, mixture._seen(mixture._decoded(images)), np.arange(len(images)))
+    found = mixture._features(mixture.trunk, mixture.see(mixture.pixels(images)), np.arange(len(images)))
     np.testing.assert_allclose(found, np.array([stored[identity] for _, _, identity in rows], np.float32), rtol=0, atol=2e-3)
