@@ -125,7 +125,7 @@ class Decoders:
 
     def __init__(self, mixture: Mixture, max_pixels: int) -> None:
         self._mixture, self._max_pixels = mixture, max_pixels
-        self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="requests")
 
     async def __call__(self, images: Sequence[bytes]) -> NDArray[np.uint8]:
         """Squares uint8 [N, 3, S, S].
