@@ -78,8 +78,7 @@ def _head_of(layer: str) -> str:
 def expert_weights(routing: Routing) -> Tensor:
     """What every item's experts are weighed with, float64 [items, E]; a row sums to 1 where nothing is dropped."""
     kept_GSk = torch.where(routing.kept_GSk, routing.weights_GSk, 0).double()
-    weights_GSE = torch.zeros(*kept_GSk.shape[:2], routing.num_experts, dtype=torch.float64, device=kept_GSk.device)
-    return weights_GSE.scatter_add(-1, routing.experts_GSk, kept_GSk).flatten(0, 1).cpu()
+    return routing.by_expert(kept_GSk).flatten(0, 1).cpu()
 
 
 def levels_of(anchors: list[Tensor], boxes_M4: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hardmoe.config import Json
+from hardmoe.execution.slots import Slots
 from hardmoe.stage import Resources
 
 State = Literal["ok", "warn", "bad"]
@@ -66,11 +67,11 @@ def judge(node: str, facts: Json, driver: Mapping[str, str], begun: Mapping[str,
 def judge_demands(demands: Sequence[Resources], nodes: Sequence[Mapping[str, float]]) -> list[Finding]:
     """Whether every unit of the recipe fits on some node."""
     found = []
-    most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+    uses_gpus = any(node.get("GPU", 0.0) >= 1 for node in nodes)
+    each = [Slots([node], uses_gpus=uses_gpus) for node in nodes]
     for demand in dict.fromkeys(demands):
-        gpus = demand.num_gpus if demand.num_gpus is not None else float(most >= 1)
-        fitting = [node for node in nodes if node.get("CPU", 0.0) >= demand.num_cpus and node.get("GPU", 0.0) >= gpus]
-        what = f"units of {demand.num_cpus} CPUs and {gpus:g} GPUs"
+        fitting = [slots for slots in each if slots.fitting(demand)]
+        what = f"units of {demand.num_cpus} CPUs and {Slots(nodes, uses_gpus=uses_gpus).gpus(demand):g} GPUs"
         remedy = "lower num_threads or gpus in the recipe, or add a larger node"
         found.append(
             Finding("cluster", "resources", "ok", f"{what} fit on {len(fitting)} of {len(nodes)} nodes")

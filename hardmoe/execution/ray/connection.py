@@ -10,6 +10,7 @@ from typing import Any
 from hardmoe.errors import BackendError
 
 CONNECT_SECONDS = 5.0
+TOKEN_REMEDY = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
 _MOST_OF_A_GROUP = 1024
 
 
@@ -37,10 +38,7 @@ def init(address: str, options: dict[str, Any]) -> None:
             ray._raylet.GcsClient(address=address)
         ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
-        raise BackendError(
-            f"the Ray cluster at '{address}' refuses this driver's token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-            "RAY_AUTH_TOKEN_PATH) to the cluster's"
-        ) from error
+        raise BackendError(f"the Ray cluster at '{address}' refuses this driver's token; {TOKEN_REMEDY}") from error
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise BackendError(f"cannot start or reach Ray at '{address}': {reason(error)}; check execution.address") from error
     except SystemExit as end:

@@ -17,9 +17,8 @@ from typing import Any
 
 from hardmoe.config import Json
 from hardmoe.errors import BackendError
-from hardmoe.execution.ray.connection import prepare_environment, reason
+from hardmoe.execution.ray.connection import CONNECT_SECONDS, TOKEN_REMEDY, prepare_environment, reason
 
-_CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 8.0
 _ACTION_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
@@ -167,8 +166,7 @@ class JobServer:
         try:
             yield
         except ray.exceptions.AuthenticationError as error:
-            remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
-            raise BackendError(f"{place} refuses this token; {remedy}") from error
+            raise BackendError(f"{place} refuses this token; {TOKEN_REMEDY}") from error
         except requests.exceptions.HTTPError as error:
             raise BackendError(f"{place} refuses: {_refusal(error)}") from error
         except (requests.exceptions.RequestException, ConnectionError) as error:
@@ -205,7 +203,7 @@ def _client(address: str, certificates: Path | None) -> Any:
     class Client(JobSubmissionClient):  # type: ignore[misc]
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             patience = _ANSWER_SECONDS if method == "GET" else _ACTION_SECONDS
-            return super()._do_request(method, endpoint, timeout=(_CONNECT_SECONDS, patience), **options)
+            return super()._do_request(method, endpoint, timeout=(CONNECT_SECONDS, patience), **options)
 
         def ask(self, endpoint: str) -> Json:
             """A JSON answer, or None if the server has none."""

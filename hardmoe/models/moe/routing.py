@@ -45,6 +45,40 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses by name, each a scalar, not weighed yet."""
 
+    def by_expert(self, values_GSk: Tensor) -> Tensor:
+        """Values of an item's choices at the experts chosen, [G, S, E]; 0 at the others."""
+        values_GSE = values_GSk.new_zeros(*values_GSk.shape[:2], self.num_experts)
+        return values_GSE.scatter_add(-1, self.experts_GSk, values_GSk)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What items chose, before it is known who finds a slot."""
+
+    experts_GSk: Tensor
+    """int64, the best first."""
+    wanted_GSk: Tensor
+    """bool: choices that count; the others take no slot."""
+    weights_GSk: Tensor
+    gates_GSE: Tensor
+
+    def routed(self, valid_GS: Tensor, limits: Limits, losses: dict[str, Tensor]) -> Routing:
+        """Give out the slots, by the weight of the first choice where there is priority."""
+        num_experts = self.gates_GSE.shape[-1]
+        priority_GS = self.weights_GSk[..., 0] if limits.priority else None
+        slots = give_slots(self.experts_GSk, self.wanted_GSk, num_experts, limits.capacity, priority_GS)
+        return Routing(
+            self.experts_GSk,
+            slots.slots_GSk,
+            slots.kept_GSk,
+            self.weights_GSk,
+            self.gates_GSE,
+            valid_GS,
+            num_experts,
+            limits.capacity,
+            losses,
+        )
+
 
 @dataclass(frozen=True)
 class Slots:

@@ -112,10 +112,8 @@ def tag_shares(routing: Routing, tags_BV: Tensor) -> Tensor:
         routing: of a layer, for these images in their order.
         tags_BV: bool, which tags an image has.
     """
-    kept_GSk, num_experts = routing.kept_GSk.cpu(), routing.num_experts
-    taken_GSE = torch.zeros(*kept_GSk.shape[:2], num_experts, dtype=torch.float64)
-    taken_GSE = taken_GSE.scatter_add(-1, routing.experts_GSk.cpu(), kept_GSk.double())
+    taken_GSE = routing.by_expert(routing.kept_GSk.double()).cpu()
     num_items = int(routing.valid_GS.sum()) // len(tags_BV)
-    taken_BE = taken_GSE.flatten(0, 1)[routing.valid_GS.cpu().flatten()].view(len(tags_BV), num_items, num_experts).sum(1)
+    taken_BE = taken_GSE.flatten(0, 1)[routing.valid_GS.cpu().flatten()].view(len(tags_BV), num_items, routing.num_experts).sum(1)
     counts_VE = tags_BV.double().cpu().T @ taken_BE
     return counts_VE / counts_VE.sum(1, keepdim=True).clamp(min=1e-300)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmoe.models.moe.losses import gshard_loss, importance_loss, load_loss
-from hardmoe.models.moe.routing import Limits, Routing, give_slots
+from hardmoe.models.moe.routing import Choices, Limits, Routing
 
 
 class NoisyTopKRouter(nn.Module):
@@ -36,22 +36,10 @@ class NoisyTopKRouter(nn.Module):
         gates_GSE = torch.softmax(noisy_GSE, dim=-1)
         weights_GSk, experts_GSk = gates_GSE.topk(limits.k, dim=-1)
         wanted_GSk = valid_GS[..., None].expand_as(experts_GSk)
-        priority_GS = weights_GSk[..., 0] if limits.priority else None
-        slots = give_slots(experts_GSk, wanted_GSk, self.num_experts, limits.capacity, priority_GS)
         losses = {}
         if self.training:
             clean_gates_GSE = torch.softmax(clean_GSE, dim=-1)
             losses = {"importance": importance_loss(clean_gates_GSE, valid_GS), "gshard": gshard_loss(gates_GSE, valid_GS)}
             if noisy:
                 losses["load"] = load_loss(clean_GSE, noisy_GSE, self.deviation, limits.k, valid_GS)
-        return Routing(
-            experts_GSk,
-            slots.slots_GSk,
-            slots.kept_GSk,
-            weights_GSk,
-            gates_GSE,
-            valid_GS,
-            self.num_experts,
-            limits.capacity,
-            losses,
-        )
+        return Choices(experts_GSk, wanted_GSk, weights_GSk, gates_GSE).routed(valid_GS, limits, losses)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hardmoe.models.moe.constraints.base import Constraint
 from hardmoe.models.moe.losses import divergence_loss, unbiased_importance_loss
-from hardmoe.models.moe.routing import Limits, Routing, give_slots
+from hardmoe.models.moe.routing import Choices, Limits, Routing
 
 _OFFSET = 0.01
 
@@ -54,17 +54,5 @@ class SparseGateRouter(nn.Module):
             self.constraint.update(chosen_GSE.detach().sum((0, 1)), valid_GS.sum())
         elif self.training:
             losses = {"unbiased": unbiased_importance_loss(chosen_GSE), "kl": divergence_loss(chosen_GSE)}
-        priority_GS = weights_GSk[..., 0] if limits.priority else None
-        slots = give_slots(experts_GSk, wanted_GSk, self.num_experts, limits.capacity, priority_GS)
         gates_GSE = torch.softmax(scores_GSE, dim=-1)
-        return Routing(
-            experts_GSk,
-            slots.slots_GSk,
-            slots.kept_GSk,
-            weights_GSk,
-            gates_GSE,
-            valid_GS,
-            self.num_experts,
-            limits.capacity,
-            losses,
-        )
+        return Choices(experts_GSk, wanted_GSk, weights_GSk, gates_GSE).routed(valid_GS, limits, losses)
