@@ -24,6 +24,8 @@ from hardmoe.execution.ray.jobs import Job, JobServer
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.recipe import Recipe, places_of
 
+_OF_OTHER_FILES = {"detection"}
+"""Commands that build from a file which is no recipe."""
 _IN_THE_RECIPE = {"recipe_path", "overrides", "root", "backend", "address", "parallel"}
 """Parameters of commands that the resolved recipe says."""
 _INTERRUPTED = 130
@@ -89,7 +91,8 @@ def _parsed(group: click.Group, words: Sequence[str]) -> tuple[click.Command, di
     """The command and its parameters, checked as if it were run here."""
     name, *arguments = words[1:] if words[0] == "hardmoe" else words
     command = group.commands.get(name)
-    sendable = sorted(known for known, each in group.commands.items() if {p.name for p in each.params} >= _IN_THE_RECIPE)
+    building = {known for known, each in group.commands.items() if {p.name for p in each.params} >= _IN_THE_RECIPE}
+    sendable = sorted(building - _OF_OTHER_FILES)
     if command is None or name not in sendable:
         raise RecipeError(f"'{name}' is no command for a cluster; submit one of {', '.join(sendable)}")
     parameters = command.make_context(name, list(arguments)).params
