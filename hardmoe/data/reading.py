@@ -37,6 +37,11 @@ class Labels:
     indices_L: NDArray[np.int32]
     offsets: NDArray[np.int64]
 
+    def rows(self, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Those of some examples that follow one another, likewise."""
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        return self.indices_L[offsets[0] : offsets[-1]], offsets - offsets[0]
+
 
 def example_shards(examples: InputArtifact, split: str, expert: int | None) -> list[str]:
     """Storage paths of a split's shards in the dataset (expert None) or of one part of it in a partition."""

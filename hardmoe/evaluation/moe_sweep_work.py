@@ -9,6 +9,8 @@ Shape letters: N examples, B batch, S side in pixels, D features, V tags.
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -56,9 +58,7 @@ class MoeSweepWork:
             )
             for each in done
         ]
-        total = sums[0]
-        for more in sums[1:]:
-            total = total + more
+        total = reduce(add, sums)
         by_network: dict[int, list[Mapping[str, Usage]]] = {}
         for (network, _), each in zip(pairs, done, strict=True):
             by_network.setdefault(network, []).append(
@@ -75,22 +75,18 @@ class MoeSweepWork:
         replan(model, **_plan_changes(context.stage.config["setting"]))
         device = unit_device(context)
         model.to(device)
+        ids_N16 = _ids(context)
+        labels = labels_of(context.input("vocabulary"), ids_N16, split="test")
+        replicates: int = context.stage.config["replicates"]
         sums: list[RankingSums] = []
         with deterministic(1, device), observed(model) as usages, torch.inference_mode():
-            for ids_N16, images_B3SS in _batches(context, replace(seen, moe=moe), device):
+            for rows, images_B3SS in _batches(context, replace(seen, moe=moe), device):
                 _, logits_BV = model(normalised(images_B3SS))
-                labels = labels_of(context.input("vocabulary"), ids_N16, split="test")
                 scores_BV = torch.log_softmax(logits_BV.float(), dim=1).cpu().numpy()
-                rows = (labels.indices_L, labels.offsets)
-                replicates: int = context.stage.config["replicates"]
-                sums.append(RankingSums.from_scores(scores_BV, rows, ids_N16, replicates, BOOTSTRAP_SEED))
-        if not sums:
-            none = np.zeros((0, seen.num_tags), np.float32), np.zeros((0, 16), np.uint8)
-            empty = (np.zeros(0, np.int32), np.zeros(1, np.int64))
-            sums = [RankingSums.from_scores(none[0], empty, none[1], context.stage.config["replicates"], BOOTSTRAP_SEED)]
-        total = sums[0]
-        for more in sums[1:]:
-            total = total + more
+                sums.append(RankingSums.from_scores(scores_BV, labels.rows(rows), ids_N16[rows], replicates, BOOTSTRAP_SEED))
+        none_BV = np.zeros((0, seen.num_tags), np.float32)
+        nothing = RankingSums.from_scores(none_BV, labels.rows(slice(0, 0)), ids_N16[:0], replicates, BOOTSTRAP_SEED)
+        total = reduce(add, sums) if sums else nothing
         save_arrays(context.scratch("sums"), {"sums": total.sums_RC})
         layers = {name: usage.to_json() for name, usage in usages.items()}
         return {"tags": total.num_tags, "unlabelled": total.num_unlabelled, "layers": layers}
@@ -108,23 +104,29 @@ def _plan_changes(setting: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _batches(context: UnitContext, seen: Architecture, device: torch.device) -> Iterator[tuple[NDArray[np.uint8], torch.Tensor]]:
-    """Ids [B, 16] and images uint8 [B, 3, S, S] on the device, of one shard in its order, without blanks."""
+def _ids(context: UnitContext) -> NDArray[np.uint8]:
+    """Of one shard, in its order, [N, 16]."""
+    examples = open_examples(context, "examples")
+    tables = read_examples(examples, [examples.path(context.unit.arguments["path"])], columns=["example_id"])
+    return np.concatenate([np.zeros((0, 16), np.uint8), *(ids_to_array(table.column("example_id")) for table in tables)])
+
+
+def _batches(context: UnitContext, seen: Architecture, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Which rows of one shard, in its order, and their images uint8 [B, 3, S, S] on the device, without blanks."""
     examples = open_examples(context, "examples")
     path = examples.path(context.unit.arguments["path"])
-    ids: list[NDArray[np.uint8]] = []
 
     def images() -> Iterator[EncodedImage]:
         for table in read_examples(examples, [path], columns=_COLUMNS):
-            ids.append(ids_to_array(table.column("example_id")))
-            for row, data in zip(ids[-1], table.column("image").to_pylist(), strict=True):
+            ids_n16 = ids_to_array(table.column("example_id"))
+            for row, data in zip(ids_n16, table.column("image").to_pylist(), strict=True):
                 yield EncodedImage(row.tobytes(), data)
 
     staging = Staging(seen.image_size, inference_batch_size(seen.image_size, device), 1, device, seen.reduced)
     start = 0
     with closing(staged_batches(images(), staging)) as batches:
         for batch in batches:
-            yield np.concatenate(ids)[start : start + batch.rows], batch.images_B3SS[: batch.rows]
+            yield slice(start, start + batch.rows), batch.images_B3SS[: batch.rows]
             start += batch.rows
 
 
@@ -133,9 +135,7 @@ def _mean_usage(networks: Any) -> dict[str, float]:
     summaries = []
     for shards in networks:
         for name in shards[0]:
-            total = shards[0][name]
-            for more in shards[1:]:
-                total = total + more[name]
+            total = reduce(add, (each[name] for each in shards))
             if total.num_items:
                 summaries.append(total.summary())
     return {key: float(np.mean([summary[key] for summary in summaries])) for key in summaries[0]} if summaries else {}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hardmoe.arrays import load_arrays, save_arrays
 from hardmoe.config import Json
 from hardmoe.data.ids import order_of_distinct, sortable
-from hardmoe.data.reading import Labels, labels_of, tag_counts
+from hardmoe.data.reading import labels_of, tag_counts
 from hardmoe.data.schemas import EMBEDDINGS, FEATURES
 from hardmoe.errors import DataError
 from hardmoe.evaluation.average_precision import AveragePrecisionScores, merged
@@ -110,7 +110,7 @@ def _score(context: UnitContext) -> Json:
     kept: list[AveragePrecisionScores] = []
     for start in range(0, len(ids_N16), _BATCH):
         rows = slice(start, min(start + _BATCH, len(ids_N16)))
-        some = _rows(labels, rows)
+        some = labels.rows(rows)
         scores_NV = score_rows(rows, some)
         sums.append(RankingSums.from_scores(scores_NV, some, ids_N16[rows], config.bootstrap_replicates, BOOTSTRAP_SEED))
         broken_down.append(Breakdown.of(scores_NV, some, bands_V))
@@ -202,11 +202,6 @@ def _sampled(
     ids_N16, features_ND, experts_N = _read(context, system, column, path)
     kept_N = hash_fractions(ids_N16, BOOTSTRAP_SEED, "retrieval") < fraction
     return ids_N16[kept_N], features_ND[kept_N], experts_N[kept_N]
-
-
-def _rows(labels: Labels, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    offsets = labels.offsets[rows.start : rows.stop + 1]
-    return labels.indices_L[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
 def _average_precision(context: UnitContext) -> Json:

@@ -66,8 +66,10 @@ class IndexWork:
             raise DataError("there is no embedding to index; embed some images first")
         asked = context.stage.config["asked"]
         plan = plan_index(count, asked["kind"])
-        index = VectorIndex.fitted(plan, _sample(pieces, count, max(plan.num_trained, 1)))
-        queries_QZ = _sample(pieces, count, _QUERIES)
+        # Those with the smallest hashes come first, so one sample serves both.
+        sample_QZ = _sample(pieces, count, max(plan.num_trained, _QUERIES))
+        index = VectorIndex.fitted(plan, sample_QZ[: max(plan.num_trained, 1)])
+        queries_QZ = sample_QZ[:_QUERIES]
         origins, rows, exact, start = Origins(store) if vectors is None else None, [], None, 0
         for piece in pieces():
             numbers_N = np.arange(start, start + len(piece.ids_N16))
