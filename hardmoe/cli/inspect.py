@@ -20,6 +20,7 @@ from hardmoe.errors import CorruptFileError, RecipeError, StorageError
 from hardmoe.execution.progress import STATUS_SECONDS
 from hardmoe.execution.task import BuildPaths
 from hardmoe.execution.tracked import format_seconds
+from hardmoe.experts.stages import trained_on
 from hardmoe.partitioning.advice_stages import CHECKS, SWEEP
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.recipe import Recipe
@@ -120,6 +121,8 @@ def _note(row: ArtifactStatus) -> str:
 
 
 def _experts_line(storage: Storage, recipe: Recipe, rows: Sequence[ArtifactStatus]) -> str | None:
+    if not any(row.state in _ACTIVE and row.artifact.startswith("experts/") for row in rows):
+        return None
     fractions = {row.artifact: 1.0 if row.state in ("done", "reused") else row.progress.get("fraction", 0.0) for row in rows}
     speeds = {
         row.artifact: sum(body["values"].get("examples/s", 0.0) for body in row.progress.get("running", {}).values())
@@ -138,9 +141,7 @@ def _shown_by_expert(storage: Storage, recipe: Recipe) -> dict[str, float]:
         artifact = None
     if artifact is None:
         return {}
-    sizes = artifact.payload["sizes"]["train"]
-    for copies in artifact.payload.get("extra", {}).values():
-        sizes = [size + more for size, more in zip(sizes, copies, strict=True)]
+    sizes: list[float] = [*trained_on(artifact.payload)]
     if recipe.experts.budget == "examples":
         sizes = [sum(sizes) / len(sizes)] * len(sizes)
     return {join("experts", expert_name(number)): recipe.experts.epochs * size for number, size in enumerate(sizes)}

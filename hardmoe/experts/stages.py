@@ -76,6 +76,12 @@ def dense_stage(config: ExpertsConfig, seed: int, overlapping: str | None = None
     return stage if overlapping is None else replace(stage, inputs={**stage.inputs, EXTRA_COPIES: overlapping})
 
 
+def trained_on(partition: Json) -> list[int]:
+    """How many examples each expert of a partition trains on, copies of other parts' included, by what its record says."""
+    counts = [partition["sizes"]["train"], *partition.get("extra", {}).values()]
+    return [sum(of_one) for of_one in zip(*counts, strict=True)]
+
+
 def match_name(place: str) -> str:
     """The artifact that says which of another run's experts those in this directory start from: `experts` has `matches`."""
     return f"{place.removesuffix('experts')}matches"

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from hardmoe.config import Json
 from hardmoe.data.reading import num_tags, open_examples
 from hardmoe.experts.config import ExpertsConfig
-from hardmoe.experts.stages import EXTRA_COPIES, ROUND
+from hardmoe.experts.stages import EXTRA_COPIES, ROUND, trained_on
 from hardmoe.experts.start import expert_architecture, start_of
 from hardmoe.hashing import derive_seed
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
@@ -20,10 +20,8 @@ class ExpertWork:
         """A single unit, named like the artifact, as costly as its part is large."""
         expert = context.stage.config["expert"]
         told = context.input("examples").payload
-        # Only a partition may have extra copies.
-        counts = [told["sizes"]["train"], *told.get("extra", {}).values()]
         equal = context.stage.section(ExpertsConfig, "experts").budget == "examples"
-        cost = 1 if equal else sum(count if expert is None else count[expert] for count in counts)
+        cost = 1 if equal else told["sizes"]["train"] if expert is None else trained_on(told)[expert]
         unit = Unit(context.stage.name.rpartition("/")[2], cost=cost)
         (done,) = yield Phase("train", [unit])
         return Finished(done.payload)
