@@ -1,14 +1,13 @@
 """`hardmoe bench`: what the recipe's steps could do on this machine, and which of them the others wait for."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from hardmoe.cli.common import format_table, recipe_of
+from hardmoe.cli.common import format_table, recipe_of, usable_cpus
 
 _NOISE = 1.05
 """No pipeline is faster than its steps; one that seems so by more than this was measured beside something else."""
@@ -22,8 +21,7 @@ def bench_data(options: Mapping[str, Any], rows: int, seconds: float, as_json: b
     recipe = recipe_of(options)
     trunk = recipe.trunk
     network = Architecture(trunk.backbone, trunk.stem, trunk.image_size, num_tags=0, decode=trunk.decode, moe=trunk.moe)
-    threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
-    speed = measure_speed(recipe.dataset, network, threads or 1, rows, seconds)
+    speed = measure_speed(recipe.dataset, network, usable_cpus(), rows, seconds)
     if as_json:
         body = asdict(speed) | {"limit": speed.limit, "bottleneck": speed.bottleneck.name}
         click.echo(json.dumps(body, indent=1))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
@@ -16,9 +17,8 @@ from hardmoe.cli.notices import tell_about_data
 from hardmoe.config import Json
 from hardmoe.data.schemas import SPLITS
 from hardmoe.errors import RecipeError
-from hardmoe.execution.backend import Backend
-from hardmoe.execution.config import ExecutionConfig
-from hardmoe.execution.display import Display, make_display
+from hardmoe.execution.display import make_display
+from hardmoe.execution.opening import open_backend
 from hardmoe.execution.plan import Plan, make_plan
 from hardmoe.execution.progress import Reporter
 from hardmoe.execution.runner import Runner, RunnerOptions
@@ -67,7 +67,7 @@ def build(
         limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse)
         display = make_display()
         reporter = Reporter(store.storage, display)
-        Runner(store, lambda: _backend(recipe.execution, display), reporter, limits).run(plan)
+        Runner(store, partial(open_backend, recipe.execution, display.say), reporter, limits).run(plan)
         tell_about_data(recipe, plan, missing)
     return Built(store, recipe, plan, frozenset(missing))
 
@@ -229,17 +229,6 @@ def _chosen(experts: Sequence[str], only: Sequence[str]) -> list[str]:
         first, last = experts[0].removeprefix("experts/"), experts[-1].removeprefix("experts/")
         raise RecipeError(f"--only {unknown[0].removeprefix('experts/')}: the recipe's experts are {first} to {last}")
     return [name for name in experts if name in wanted]
-
-
-def _backend(config: ExecutionConfig, display: Display) -> Backend:
-    if config.backend == "inline":
-        from hardmoe.execution.inline import InlineBackend
-
-        return InlineBackend()
-    from hardmoe.execution.ray.backend import RayBackend
-
-    display.say("starting Ray on this machine" if config.address == "local" else f"joining the Ray cluster at {config.address}")
-    return RayBackend(config.address)
 
 
 def format_interval(metric: Mapping[str, Any]) -> str:

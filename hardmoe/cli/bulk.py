@@ -1,6 +1,5 @@
 """`hardmoe predict` and `hardmoe embed`: from files or a recipe's source to lines on stdout, or to tables in a directory."""
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,11 +11,10 @@ import click
 
 from hardmoe.artifacts.fingerprint import differences
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import existing_run
+from hardmoe.cli.common import existing_run, usable_cpus
 from hardmoe.data.config import PILLOW_MAX_PIXELS, DatasetConfig
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError, DriftError, RecipeError
-from hardmoe.execution.backend import Backend
 from hardmoe.execution.plan import Plan
 from hardmoe.recipe import load_recipe
 from hardmoe.stage import Stage
@@ -71,7 +69,7 @@ def _print_lines(root: str, dataset: DatasetConfig, k: int | None, memory_gib: f
     mixture = Mixture.load(root, UseOptions(memory_gib=memory_gib))
     good = bad = 0
     for shard in shards:
-        answers = answer(mixture, source.read(shard), Decoding(dataset.max_pixels, _num_threads()))
+        answers = answer(mixture, source.read(shard), Decoding(dataset.max_pixels, usable_cpus()))
         for row in embedded_rows(answers) if k is None else predicted_rows(mixture, answers, k):
             click.echo(json_line(row), nl=False)
         for each in answers.bad:
@@ -85,7 +83,9 @@ def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Map
     """As a stage of a root of its own: resumable, and on Ray if that is asked for."""
     from hardmoe.bulk.stage import BulkRequest, bulk_stage
     from hardmoe.bulk.work import source_digest
+    from hardmoe.execution.config import ExecutionConfig
     from hardmoe.execution.display import make_display
+    from hardmoe.execution.opening import open_backend
     from hardmoe.execution.progress import Reporter
     from hardmoe.execution.runner import Runner, RunnerOptions
     from hardmoe.mixture import Mixture
@@ -94,12 +94,13 @@ def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Map
     request = BulkRequest(root, Mixture.load(root).identity(), k, options["kind"] or "parquet", options["memory_gib"])
     on_ray = options["parallel"] is not None or options["address"] is not None
     digest = source_digest(dataset, out, request.name)
-    stage = bulk_stage(request, dataset, digest, 1 if on_ray else _num_threads())
+    stage = bulk_stage(request, dataset, digest, 1 if on_ray else usable_cpus())
     store = ArtifactStore(out)
     plan = plan_alone(store, stage, "name another --out, or delete it")
     if plan.missing:
         reporter, limits = Reporter(out, make_display()), RunnerOptions(options["parallel"])
-        Runner(store, partial(_backend, options["address"], on_ray), reporter, limits).run(plan)
+        execution = ExecutionConfig(backend="ray" if on_ray else "inline", address=options["address"] or "local")
+        Runner(store, partial(open_backend, execution), reporter, limits).run(plan)
     payload = plan.artifacts[stage.name].payload
     click.echo(out.where(stage.name))
     _tell(payload["rows"], payload["quarantined"], f"; they are listed in {out.where(stage.name)}/quarantine")
@@ -120,16 +121,6 @@ def plan_alone(store: ArtifactStore, stage: Stage, remedy: str) -> Plan:
         raise DriftError(f"{store.storage.where(stage.name)} answers another request ({rows}); {remedy}") from error
 
 
-def _backend(address: str | None, on_ray: bool) -> Backend:
-    if not on_ray:
-        from hardmoe.execution.inline import InlineBackend
-
-        return InlineBackend()
-    from hardmoe.execution.ray.backend import RayBackend
-
-    return RayBackend(address or "local")
-
-
 def _tell(good: int, bad: int, where: str) -> None:
     """How many images there were, and how many of no use.
 
@@ -139,7 +130,3 @@ def _tell(good: int, bad: int, where: str) -> None:
     if bad and not good:
         raise DataError(f"none of {bad:,} images can be decoded{where}; correct what was given")
     click.echo(f"{good:,} images" + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True)
-
-
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0))

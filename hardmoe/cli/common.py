@@ -1,6 +1,7 @@
 """What commands share: the recipe with its overrides, a plain table."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,23 @@ _OPTION_KEYS = {
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
     """The recipe that a command's options ask for."""
+    return load_recipe(options["recipe_path"] or Path(DEFAULT_PATH), overrides_of(options))
+
+
+def overrides_of(options: Mapping[str, Any]) -> list[str]:
+    """`KEY=VALUE` of everything that a command's options override in its file."""
     overrides = list(options["overrides"])
     for option, key in _OPTION_KEYS.items():
         if options.get(option) is not None:
             # As JSON, which is YAML: `--root 2024` is a directory and not a number.
             overrides.append(f"{key}={json.dumps(options[option])}")
-    return load_recipe(options["recipe_path"] or Path(DEFAULT_PATH), overrides)
+    return overrides
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    counted = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    return counted or 1
 
 
 def existing_run(options: Mapping[str, Any]) -> tuple[Storage, Recipe]:

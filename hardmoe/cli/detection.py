@@ -14,16 +14,15 @@ from pydantic import ValidationError
 
 from hardmoe.artifacts.fingerprint import differences
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import format_table
+from hardmoe.cli.common import format_table, overrides_of
 from hardmoe.config import Json
 from hardmoe.data.inventory import take_inventory
 from hardmoe.data.sources.registry import open_source
 from hardmoe.detection.config import DetectionConfig
 from hardmoe.detection.stages import DETECTION, SET, detection_stages
 from hardmoe.errors import DriftError, RecipeError
-from hardmoe.execution.backend import Backend
-from hardmoe.execution.config import ExecutionConfig
 from hardmoe.execution.display import make_display
+from hardmoe.execution.opening import open_backend
 from hardmoe.execution.plan import Plan, make_plan
 from hardmoe.execution.progress import Reporter
 from hardmoe.execution.runner import Runner, RunnerOptions
@@ -46,7 +45,7 @@ def run_detection(options: Mapping[str, Any], as_json: bool) -> None:
     plan = _plan(store, config, inventory.digest())
     if plan.missing:
         limits = RunnerOptions(config.execution.parallel, config.execution.attempts)
-        Runner(store, partial(_backend, config.execution), Reporter(store.storage, make_display()), limits).run(plan)
+        Runner(store, partial(open_backend, config.execution), Reporter(store.storage, make_display()), limits).run(plan)
     judged = plan.artifacts[DETECTION]
     results = json.loads(judged.storage.read_bytes(judged.path("results.json")))
     page = _publish(store.storage, results)
@@ -62,10 +61,8 @@ def read_detection(options: Mapping[str, Any]) -> DetectionConfig:
     path: Path | None = options["recipe_path"]
     if path is None:
         raise RecipeError("hardmoe detection reads a file of its own; name it with -f, such as -f pipelines/detection.yaml")
-    keys = {"root": "root", "backend": "execution.backend", "address": "execution.address", "parallel": "execution.parallel"}
-    given = [f"{keys[name]}={json.dumps(options[name])}" for name in keys if options.get(name) is not None]
     try:
-        config = DetectionConfig.model_validate(read_body(path, [*options["overrides"], *given]))
+        config = DetectionConfig.model_validate(read_body(path, overrides_of(options)))
     except ValidationError as error:
         raise RecipeError(f"{path}: {_first_mistake(error)}") from error
     place = config.dataset.path
@@ -99,16 +96,6 @@ def _plan(store: ArtifactStore, config: DetectionConfig, source_sha256: str) -> 
                 changed += differences(found.record.config, dict(stage.config))
         remedy = "name another --root, or delete it"
         raise DriftError(f"{store.storage.where()} holds another detection ({'; '.join(changed) or error}); {remedy}") from error
-
-
-def _backend(execution: ExecutionConfig) -> Backend:
-    if execution.backend == "inline":
-        from hardmoe.execution.inline import InlineBackend
-
-        return InlineBackend()
-    from hardmoe.execution.ray.backend import RayBackend
-
-    return RayBackend(execution.address)
 
 
 def _publish(storage: Storage, results: Json) -> str:

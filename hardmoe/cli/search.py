@@ -1,7 +1,6 @@
 """`hardmoe index` and `hardmoe search`."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import click
 
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import existing_run, format_table
+from hardmoe.cli.common import existing_run, format_table, usable_cpus
 from hardmoe.errors import DataError
 from hardmoe.storage import open_storage
 
@@ -32,7 +31,7 @@ def make_index(options: Mapping[str, Any], vectors: str | None, kind: str | None
         raise DataError(f"the embeddings in {home.where()} are of another mixture than {storage.where()}; embed the images again")
     where = None if vectors is None else home.uri
     request = IndexRequest(storage.uri, mixture, where, embeddings.record_digest, kind, recall)
-    plan = plan_alone(store, index_stage(request, len(os.sched_getaffinity(0))), "delete it")
+    plan = plan_alone(store, index_stage(request, usable_cpus()), "delete it")
     if plan.missing:
         Runner(store, InlineBackend, Reporter(home, make_display()), RunnerOptions()).run(plan)
     payload = plan.artifacts["index"].payload
