@@ -28,7 +28,7 @@ from hardmoe.stage import UnitContext
 from hardmoe.training.auxiliary import take_auxiliary_loss
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.determinism import seeded_step
-from hardmoe.training.optim import set_learning_rate
+from hardmoe.training.optim import parameter_groups, set_learning_rate
 from hardmoe.training.snapshot import restore_snapshot, take_snapshot
 
 _RISE = 0.05
@@ -84,7 +84,7 @@ def fit_detector(fit: Fit, context: UnitContext, checkpoints: Checkpoints) -> li
         PreemptedError: the unit was asked to stop, and a checkpoint was made.
     """
     detector, digest = fit.detector.to(fit.device).train(), fit.digest()
-    optimizer = _optimizer(detector, fit.config)
+    optimizer = optim.AdamW(parameter_groups(detector, fit.config.weight_decay), lr=0.0, fused=True)
     start, rows = 0, list[dict[str, float]]()
     if (found := checkpoints.latest()) is not None and found.state["training"] == digest:
         restore_snapshot(detector, optimizer, None, found.tensors)
@@ -101,15 +101,6 @@ def fit_detector(fit: Fit, context: UnitContext, checkpoints: Checkpoints) -> li
         if reason is not None:
             raise PreemptedError(f"{reason} at step {step} of {fit.num_steps}, where a checkpoint was made")
     return rows
-
-
-def _optimizer(detector: nn.Module, config: FitConfig) -> optim.Optimizer:
-    trainable = [parameter for parameter in detector.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [each for each in trainable if each.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [each for each in trainable if each.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def _step(fit: Fit, optimizer: optim.Optimizer, numbers: NDArray[np.int64], step: int) -> Mapping[str, float]:

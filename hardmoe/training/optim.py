@@ -10,6 +10,7 @@ SGD is fused on a GPU only: on a CPU its bits are those of the first runs.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -48,19 +49,24 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> optim.Optimizer
     Biases and the scales of normalisation layers, all of one dimension, are not decayed. The model is on its device already. Set
     the learning rate with `set_learning_rate` before every step.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0, "adapt": False},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(model, config.weight_decay)
     betas = (config.momentum, config.beta2)
     if config.optimizer == "lamb":
         return Lamb(groups, betas)
     if config.optimizer == "adamw":
         return optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-    on_gpu = all(parameter.device.type == "cuda" for parameter in trainable)
-    return optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=on_gpu and bool(trainable))
+    on_gpu = {parameter.device.type for group in groups for parameter in group["params"]} == {"cuda"}
+    return optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=on_gpu)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that require gradients, those that are decayed and those of one dimension at most, which are not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(optimizer: optim.Optimizer, learning_rate: float) -> None:

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
+from test_step import make_examples
 from torch import Tensor, nn
 
-from hardmoe.data.loader import ExampleSet
 from hardmoe.errors import WorkerLostError
 from hardmoe.models.backbones import Backbone, TagClassifier
 from hardmoe.storage import LocalStorage
@@ -48,15 +47,6 @@ class Doubled(nn.Module):
         return self.network(images.double())  # type: ignore[no-any-return]
 
 
-def make_examples(num: int = 25) -> ExampleSet:
-    chance = np.random.default_rng(0)
-    ids = chance.integers(0, 256, (num, 16), dtype=np.uint8)
-    images = chance.integers(0, 256, (num, 3, 8, 8), dtype=np.uint8)
-    labels = [sorted(chance.choice(5, int(size), replace=False).tolist()) for size in chance.integers(1, 4, num)]
-    offsets = np.cumsum([0, *map(len, labels)])
-    return ExampleSet(ids, images, np.arange(num), np.array([tag for tags in labels for tag in tags], np.int32), offsets)
-
-
 def make_model() -> TagClassifier:
     """Batch normalisation over maps and over features, with and without weights, with a running mean and with an average."""
     torch.manual_seed(0)
@@ -75,7 +65,7 @@ def make_model() -> TagClassifier:
 
 def trained(config: TrainingConfig, num_devices: int, sinks: TrainingSinks | None = None) -> tuple[float, dict[str, Tensor]]:
     model = make_model()
-    result = train(model, make_examples(), config, seed=0, devices=[CPU] * num_devices, sinks=sinks)
+    result = train(model, make_examples(25), config, seed=0, devices=[CPU] * num_devices, sinks=sinks)
     assert result.final_loss is not None
     return result.final_loss, model.state_dict()
 
@@ -146,7 +136,7 @@ class Broken(nn.Module):
 def test_an_error_in_a_helper_is_told_with_its_own_words() -> None:
     model = TagClassifier(Backbone(Broken(), 3), 5, seed=0)
     with pytest.raises(RuntimeError, match="on device 2 of 2: LookupError: no such layer"):
-        train(model, make_examples(), CONFIG, seed=0, devices=[CPU] * 2)
+        train(model, make_examples(25), CONFIG, seed=0, devices=[CPU] * 2)
 
 
 def test_a_helper_ends_with_its_leader(tmp_path: Path) -> None:
