@@ -2,7 +2,9 @@
 
 A table's columns are fixed where it is written and checked where it is read, so that a truncated shard, a renamed column or
 another type is one clear error that names the file, never a wrong number later. Rejected: Arrow datasets over directories,
-which read whatever lies there; hardmoe reads the files that a record names.
+which read whatever lies there; hardmoe reads the files that a record names. Rejected too: Arrow's threads, here and wherever
+else a Parquet file is read. They call back into Python for every byte, so one that still lets go of a buffer when the process
+ends takes it down ("terminate called without an active exception"), and workers have a process for every core already.
 
 Shape letters: N rows, D feature dimension.
 """
@@ -99,9 +101,9 @@ def iterate_table(
         names = list(columns) if columns is not None else schema.names
         try:
             if whole:
-                yield file.read(columns=names)
+                yield file.read(columns=names, use_threads=False)
             else:
-                for batch in file.iter_batches(batch_size=rows, columns=names):
+                for batch in file.iter_batches(batch_size=rows, columns=names, use_threads=False):
                     yield pa.Table.from_batches([batch])
         except (pa.ArrowInvalid, OSError) as error:
             raise CorruptFileError(f"{where} is damaged: {_first_line(error)}") from error

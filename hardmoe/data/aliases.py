@@ -145,7 +145,7 @@ def _csv_rows(content: bytes, place: str) -> Iterator[tuple[str, list[str | None
 
 def _parquet_rows(content: bytes, place: str) -> Iterator[tuple[str, list[str | None]]]:
     try:
-        table = pq.read_table(pa.BufferReader(content))
+        table = pq.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False)
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"the aliases {place} are not a whole Parquet file ({reason}); write it again") from error

@@ -209,7 +209,9 @@ def _rows_of(context: UnitContext) -> Iterator[tuple[NDArray[np.uint8], NDArray[
     file = arguments["file"]
     with _opened(arguments["path"]) as table:
         try:
-            for batch in table.iter_batches(_BATCH_ROWS, row_groups=range(*arguments["groups"]), columns=[ID, FEATURE]):
+            for batch in table.iter_batches(
+                _BATCH_ROWS, row_groups=range(*arguments["groups"]), columns=[ID, FEATURE], use_threads=False
+            ):
                 yield read_ids(batch.column(ID), file, named_by_key), read_vectors(batch.column(FEATURE), file)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{file} is damaged ({_first_line(error)}); write it again") from error

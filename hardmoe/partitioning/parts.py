@@ -209,7 +209,7 @@ def _row_groups(context: UnitContext, sources: Sequence[Json]) -> Iterator[Any]:
         with context.storage.open_input(source["path"]) as file:
             parquet = pq.ParquetFile(file)
             for group in source["groups"]:
-                yield parquet.read_row_group(group)
+                yield parquet.read_row_group(group, use_threads=False)
 
 
 def _checksum(ids_N16: NDArray[np.uint8]) -> int:

@@ -72,7 +72,7 @@ def embedded_vectors(embeddings: Artifact) -> Iterator[Piece]:
 
     for path in embeddings.files("part-", ".parquet"):
         with embeddings.storage.open_input(path) as source:
-            for batch in pq.ParquetFile(source).iter_batches(batch_size=_ROWS_AT_ONCE):
+            for batch in pq.ParquetFile(source).iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
                 column = batch.column("embedding")
                 vectors_NZ = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
                 ids = ids_to_array(pa.chunked_array([batch.column("example_id")]))

@@ -59,3 +59,24 @@ def test_no_exception_is_swallowed() -> None:
             if isinstance(node, ast.ExceptHandler) and all(isinstance(statement, ast.Pass) for statement in node.body):
                 found.append(f"{path}:{node.lineno}")
     assert found == []
+
+
+def test_parquet_is_read_without_arrows_threads() -> None:
+    """One that still lets go of a Python buffer when the interpreter ends takes the process down; see `hardmoe.tables`."""
+    reads = {"iter_batches", "read_row_group", "read_row_groups", "read_table"}
+    found, num_reads = [], 0
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in reads:
+                continue
+            num_reads += 1
+            threads = [keyword.value for keyword in node.keywords if keyword.arg == "use_threads"]
+            if not (len(threads) == 1 and isinstance(threads[0], ast.Constant) and threads[0].value is False):
+                found.append(f"{path}:{node.lineno}")
+    assert found == [] and num_reads >= 5
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """pytest imports them by name, and refuses the second of two in one process."""
+    names = [path.name for path in TESTS if path.name.startswith("test_")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []

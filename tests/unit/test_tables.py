@@ -1,5 +1,7 @@
 """Tables: what is written comes back, and whatever is damaged or of another kind is one error that names the file."""
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -154,3 +156,21 @@ def test_build_table_has_the_schemas_order_and_refuses_a_missing_column() -> Non
     assert example_table(1).column_names == SCHEMA.names
     with pytest.raises(KeyError, match="tags"):
         build_table(SCHEMA, {"example_id": ids_from_array(np.zeros((1, 16), np.uint8))})
+
+
+def test_reading_a_table_leaves_no_thread_behind_that_calls_python(storage: LocalStorage) -> None:
+    """Such a thread, if it lets go of a buffer while the interpreter ends, takes the process down."""
+    path = "all.parquet"
+    write_table(storage.open_output(path), example_table())
+    code = (
+        "import os, sys, pyarrow.parquet as pq\n"
+        "from pathlib import Path\nfrom hardmoe.storage import LocalStorage\n"
+        "from hardmoe.tables import iterate_table, read_table\n"
+        "storage, path = LocalStorage(Path(sys.argv[1])), sys.argv[2]\n"
+        "schema = pq.read_schema(sys.argv[1] + '/' + path)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "read_table(storage, path, schema), list(iterate_table(storage, path, schema))\n"
+        "sys.exit(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(storage.where()), path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

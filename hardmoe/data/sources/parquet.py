@@ -301,7 +301,7 @@ def _batches(
     """
     where, row = place
     try:
-        for batch in file.iter_batches(_batch_rows(file, groups), row_groups=groups, columns=columns):
+        for batch in file.iter_batches(_batch_rows(file, groups), row_groups=groups, columns=columns, use_threads=False):
             yield row, batch
             row += batch.num_rows
     except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
