@@ -4,12 +4,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from s3 import CREDENTIALS, Store, running_store
 from support import hardmoe, real_images, write_photos, write_recipe
 
 torch.set_num_threads(1)
+# What takes how long is for the benchmarks: here a busy machine would be a failure.
+hypothesis.settings.register_profile("untimed")
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.hookimpl(trylast=True)

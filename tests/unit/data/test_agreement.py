@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
@@ -25,7 +25,6 @@ def random_labels(rows, num_tags, generator, each=3):
     return Labels(generator.integers(0, num_tags, counts.sum()).astype(np.int32), np.concatenate([[0], np.cumsum(counts)]))
 
 
-@settings(deadline=None)
 @given(labellings)
 def test_rand_index_and_mutual_information_equal_scikit_learn_s(pair):
     first, second = map(np.array, pair)

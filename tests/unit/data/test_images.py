@@ -195,7 +195,7 @@ _VALID = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(_VALID), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6))
 def test_damaged_bytes_are_decoded_or_refused_and_nothing_else(data, edits):
     damaged = bytearray(data)

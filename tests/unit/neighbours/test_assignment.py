@@ -103,7 +103,7 @@ class AdversarialEngine:
         return indices, np.take_along_axis(distances, indices, axis=1).astype(np.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32), clusters=st.integers(1, 9), dim=st.sampled_from([1, 3, 64]), steps=st.sampled_from([2, 9, 400])
 )

@@ -48,7 +48,7 @@ def assert_same(assignment, expected):
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     clusters=st.integers(1, 25),

@@ -69,7 +69,7 @@ def test_any_number_of_shards_and_any_order_of_rows_give_the_same_bytes(name, mo
     assert found.record == expected.record
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), most_rows=st.integers(20, 300), parts=st.integers(2, 9), copies=st.integers(1, 40))
 def test_excerpts_lead_to_the_optimum_that_all_rows_together_have(seed, most_rows, parts, copies):
     """The noise makes the best assignment unique, so it can be asked for row by row."""

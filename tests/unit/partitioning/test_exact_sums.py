@@ -37,7 +37,7 @@ def unit_rows(rows, dim, seed):
     return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     features=hypothesis_numpy.arrays(
         np.float16,
@@ -64,7 +64,7 @@ def test_from_batch_unit_features_err_by_half_a_grid_step_a_row_at_most():
     assert max(errors) <= Fraction(500, 2**33)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     cuts=st.lists(st.integers(0, 3000), max_size=6),
@@ -147,7 +147,7 @@ def farthest_oracle(distances, ids, features, capacity):
     return kept[:capacity]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), capacity=st.integers(1, 12), kinds=st.integers(1, 40), num_shards=st.integers(1, 6))
 def test_farthest_points_any_sharding_equals_sorting_everything(seed, capacity, kinds, num_shards):
     generator = np.random.default_rng(seed)

@@ -55,7 +55,7 @@ def random_case(seed, clusters, dim=3, density=0.4, steps=6):
     return centroids, counts, shared + shared.T
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32),
     clusters=st.integers(1, 14),

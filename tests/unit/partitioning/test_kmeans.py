@@ -57,7 +57,7 @@ def test_fit_recovers_blobs(seed):
     assert adjusted_rand_score(labels, assign(features, found.centroids_KD, ENGINE).primary_N) == 1.0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(order_seed=st.integers(0, 2**32), batch_size=st.integers(7, 900))
 def test_fit_any_order_and_batch_size_gives_the_same_bytes(order_seed, batch_size):
     features, _, ids = blobs(rows=600, spread=4.0)

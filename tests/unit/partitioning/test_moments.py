@@ -53,7 +53,7 @@ def found_products(moments):
     return [[Fraction((h << 62) + low, 2**48) for h, low in zip(*pair, strict=True)] for pair in pairs]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(features=hypothesis_numpy.arrays(np.float16, st.tuples(st.integers(1, 30), st.integers(1, 5)), elements=FLOAT16))
 def test_moments_of_float16_features_are_exact(features):
     moments = Moments.from_batch(features.astype(np.float32))
@@ -77,7 +77,7 @@ def test_blocks_full_of_the_largest_and_most_awkward_values_are_exact(rows):
     assert not Moments.from_batch(features).covariance().any(), "features that are all the same have no variance at all"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), cuts=st.lists(st.integers(0, 500), max_size=8))
 def test_any_order_of_rows_batches_and_sums_gives_the_same_bytes(seed, cuts):
     rng = np.random.default_rng(seed)

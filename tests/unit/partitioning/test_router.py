@@ -107,7 +107,7 @@ def test_groups_of_one_centroid_each_route_as_no_groups_do():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=st.integers(1, 60), order_seed=st.integers(0, 1000))
 def test_route_any_batch_and_order_gives_the_same_answer(kind, batch, order_seed):
     features = random_features(120, dim=3)

@@ -45,7 +45,7 @@ def assert_same(features, centroids):
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.integers(1, 700),

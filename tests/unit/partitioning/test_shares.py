@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, chi2_contingency, hypergeom
 
@@ -24,7 +24,6 @@ def expected_by_summing(first, second):
     return total / 2
 
 
-@settings(deadline=None)
 @given(counts)
 def test_total_variation_and_its_level_by_chance_equal_their_definitions(pair):
     first, second = pair

@@ -184,7 +184,7 @@ def test_projected_row_alone_equals_row_among_thousands(kind, dim, components):
     np.testing.assert_allclose(np.linalg.norm(whole.astype(np.float64), axis=1), 1.0, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), exponents=st.tuples(st.integers(-24, 15), st.integers(-24, 15)))
 def test_projection_is_the_exact_product_rounded_once(seed, exponents):
     """Against sums without rounding, for rows of any magnitude that float16 has."""

@@ -28,7 +28,7 @@ def check(costs, room, start=None):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     parts=st.integers(1, 9),

@@ -57,7 +57,7 @@ def _by_a_loop(experts_Sk: list[list[int]], order: list[int], capacity: int) -> 
     return kept
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 24), st.integers(1, 6), st.data())
 def test_slots_are_those_of_a_loop(size: int, num_experts: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, num_experts))

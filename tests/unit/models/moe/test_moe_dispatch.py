@@ -41,7 +41,7 @@ def _assert_alike(layer: MoeLayer, images: Tensor) -> None:
             assert torch.allclose(found[0][key], other[key], atol=TOLERANCE, rtol=0), key
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_dispatches_agree_in_outputs_and_all_gradients(data: st.DataObject) -> None:
     draw = data.draw
