@@ -162,9 +162,14 @@ class Build:
                 self._storage.delete_tree(join(self.stage.name, path))
 
     def _provenance(self, stored: list[StoredCompletion]) -> bytes:
-        units = [{"unit": item.completion.unit, "seconds": item.seconds, "host": item.host} for item in stored]
+        units = [
+            {"unit": item.completion.unit, "seconds": item.seconds, "host": item.host}
+            | ({"said": dict(item.said)} if item.said else {})
+            for item in stored[:_PROVENANCE_UNITS]
+        ]
+        machines = {item.host: item.machine for item in stored if item.machine}
         started, clock = self._started
-        return describe(started, time.monotonic() - clock, units[:_PROVENANCE_UNITS], num_units=len(units))
+        return describe(started, time.monotonic() - clock, units, num_units=len(stored), machines=machines)
 
 
 def sweep_builds(storage: Storage, artifact: str) -> None:

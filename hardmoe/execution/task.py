@@ -17,7 +17,7 @@ still replace a file after another attempt's file was vouched for.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from hardmoe.artifacts.lease import LEASE_NAME
 from hardmoe.config import Json
@@ -122,6 +122,9 @@ class StoredCompletion:
     """Path within the artifact -> storage path of the attempt's file."""
     seconds: float
     host: str
+    machine: str = ""
+    said: Mapping[str, Json] = field(default_factory=dict)
+    """What the unit last said of itself: a training its speed."""
 
     def to_bytes(self) -> bytes:
         """The content of the completion's file.
@@ -143,7 +146,9 @@ def parse_completion(data: bytes, where: str) -> StoredCompletion:
         inner = body["completion"]
         files = [FileEntry(**entry) for entry in inner["files"]]
         completion = Completion(unit=inner["unit"], payload=inner["payload"], files=files, scratch=inner["scratch"])
-        return StoredCompletion(completion, body["staged"], body["seconds"], body["host"])
+        # A run begun with an older version goes on: its completions say less.
+        facts = (body["seconds"], body["host"], body.get("machine", ""), body.get("said", {}))
+        return StoredCompletion(completion, body["staged"], *facts)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{where} is not a unit's completion; delete it and run again, which redoes that unit") from error
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hardmoe.artifacts.provenance import now
+from hardmoe.artifacts.provenance import machine, now
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
 from hardmoe.errors import HardmoeError, PreemptedError, StorageError, WorkerLostError
@@ -109,7 +109,8 @@ class RunningUnit(StageContext):
         """
         path = self.task.paths.done(self.phase, self.unit.name)
         completion = Completion(self.unit.name, payload, sorted(self._files, key=lambda entry: entry.path), self._scratch)
-        data = StoredCompletion(completion, self._staged, round(seconds, 3), self._host).to_bytes()
+        facts = (round(seconds, 3), self._host, machine(), self._said.get("values", {}))
+        data = StoredCompletion(completion, self._staged, *facts).to_bytes()
         if self.storage.create(path, data):
             return parse_completion(data, path).completion
         return load_completion(self.storage, path).completion
