@@ -157,8 +157,10 @@ def wall_clock(trainings: Iterable[Training]) -> float | None:
 
 
 def distinct_names(places: Sequence[str]) -> list[str]:
-    """The shortest ends of paths by which all of them can be told apart: `runs/a`, `runs/b` -> `a`, `b`."""
+    """What tells paths apart, as short as can be: `runs/a`, `runs/b` -> `a`, `b`; `a/runs/x`, `b/runs/x` -> `a`, `b`."""
     split = [place.rstrip("/").split("/") for place in places]
+    while len(split) > 1 and min(map(len, split)) > 1 and len({parts[-1] for parts in split}) == 1:
+        split = [parts[:-1] for parts in split]
     for length in range(1, max(map(len, split)) + 1):
         names = ["/".join(parts[-length:]) for parts in split]
         if len(set(names)) == len(names):
