@@ -64,7 +64,7 @@ def build(
     if missing:
         check_before_building(recipe, plan)
         _keep_recipe(store.storage, recipe)
-        limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse)
+        limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse, options["accept_versions"])
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, partial(open_backend, recipe.execution, display.say), reporter, limits).run(plan)
