@@ -47,6 +47,8 @@ class RunnerOptions:
     reuse: Sequence[str] = ()
     accept_versions: bool = False
     """Go on with packages of other versions than those that the run was begun with, here and on the workers."""
+    before: Callable[[Stage], None] | None = None
+    """Looks at every stage that is about to be begun; raises if it must not be."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ class Runner:
                 self._have(stage, found)
                 return
             build = Build(self._store, stage, self._plan.fingerprints[stage.name], self._inputs(stage), lease)
+            if self._options.before is not None:
+                self._options.before(stage)
             tasks = build.start()
             self._frontier.begin(stage)
             if tasks and not keep:
