@@ -231,7 +231,7 @@ class Runner:
             self._guarded(name, partial(self._complete, self._builds[name], task, outcome.completion))
 
     def _complete(self, build: Build, task: UnitTask, completion: Completion) -> None:
-        self._reporter.unit_done(task)
+        self._reporter.unit_done(task, completion)
         self._enqueue(build.complete(completion))
         self._reporter.advanced(build)
 
@@ -316,7 +316,9 @@ class Runner:
         return {role: self._plan.artifacts[name] for role, name in stage.inputs.items()}
 
     def _tick(self) -> None:
-        self._reporter.tick(self._builds, self._in_flight.values())
+        looked = self._reporter.tick(self._builds, self._in_flight.values())
+        if looked and self._backend is not None:
+            self._backend.publish(self._reporter.measures.values())
 
     def _summary(self) -> HardmoeError:
         if len(self._failures) == 1 and self._failures[0].error is not None:
