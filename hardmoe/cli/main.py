@@ -226,12 +226,17 @@ def detection(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until nothing is running.")
+@click.option(
+    "--html", "page", type=click.Path(path_type=Path), metavar="FILE", help="Write a page in place of printing; see --watch."
+)
 @recipe_options
-def status(as_json: bool, watch: bool, **options: Any) -> None:
+def status(as_json: bool, watch: bool, page: Path | None, **options: Any) -> None:
     """Show every artifact: state, units done, rate, ETA, failures."""
     from hardmoe.cli.inspect import show_status
 
-    show_status(options, as_json, watch)
+    if as_json and page is not None:
+        raise click.UsageError("--json prints and --html writes a page; give one of them")
+    show_status(options, as_json, watch, page)
 
 
 @cli.command()

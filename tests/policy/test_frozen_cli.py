@@ -26,7 +26,7 @@ COMMANDS: dict[str, set[str]] = {
     "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address"}
     | {"--accept-versions", "--debug"},
     "detection": BUILD | {"--json"},
-    "status": RECIPE | {"--json", "--watch"},
+    "status": RECIPE | {"--json", "--watch", "--html"},
     "logs": RECIPE | {"NAME", "--failed"},
     "show": RECIPE | {"NAME", "--json"},
     "verify": RECIPE | {"NAMES", "--images"},
