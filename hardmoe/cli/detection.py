@@ -47,7 +47,7 @@ def run_detection(options: Mapping[str, Any], as_json: bool) -> None:
     plan = _plan(store, config, inventory.digest())
     if plan.missing:
         _keep(store.storage, config)
-        limits = RunnerOptions(config.execution.parallel, config.execution.attempts)
+        limits = RunnerOptions(config.execution.parallel, config.execution.attempts, (), options["accept_versions"])
         Runner(store, partial(open_backend, config.execution), Reporter(store.storage, make_display()), limits).run(plan)
     judged = plan.artifacts[DETECTION]
     results = json.loads(judged.storage.read_bytes(judged.path("results.json")))

@@ -85,6 +85,8 @@ class UnitTask:
     """Whether the unit is to do in a process of its own what may have killed its workers."""
     stop_request: str = ""
     """The newest `hardmoe stop` that came before the unit's driver, which is none of this unit's; filled in by the runner."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """The driver's, which the worker must have; empty where others are accepted. Filled in by the runner."""
 
     @property
     def paths(self) -> BuildPaths:
@@ -122,6 +124,8 @@ class StoredCompletion:
     """Path within the artifact -> storage path of the attempt's file."""
     seconds: float
     host: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the packages on which the unit's bytes depend."""
     machine: str = ""
     said: Mapping[str, Json] = field(default_factory=dict)
     """What the unit last said of itself: a training its speed."""
@@ -146,8 +150,7 @@ def parse_completion(data: bytes, where: str) -> StoredCompletion:
         inner = body["completion"]
         files = [FileEntry(**entry) for entry in inner["files"]]
         completion = Completion(unit=inner["unit"], payload=inner["payload"], files=files, scratch=inner["scratch"])
-        # A run begun with an older version goes on: its completions say less.
-        facts = (body["seconds"], body["host"], body.get("machine", ""), body.get("said", {}))
+        facts = (body["seconds"], body["host"], body["versions"], body["machine"], body["said"])
         return StoredCompletion(completion, body["staged"], *facts)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{where} is not a unit's completion; delete it and run again, which redoes that unit") from error
