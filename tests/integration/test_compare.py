@@ -64,7 +64,7 @@ def test_every_system_comes_with_metrics_costs_and_what_its_trainings_noted(root
     mixture = run["systems"]["mixture"]
     assert mixture["examples_per_second"] == pytest.approx(seen / seconds)
     # Inline they come one after the other, each a little after it was begun.
-    assert 0 < mixture["training_seconds"] <= spans
+    assert 0 < mixture["training_seconds"] <= spans + 1e-3
     assert mixture["training_seconds"] <= run["training_seconds"]
     assert run["machines"] == [next(iter(provenance["machines"].values()))]
     assert run["commits"] == [provenance["commit"]] if provenance["commit"] else run["commits"] == []
