@@ -23,6 +23,7 @@ from hardmoe.execution.plan import Plan, make_plan
 from hardmoe.execution.progress import Reporter
 from hardmoe.execution.runner import Runner, RunnerOptions
 from hardmoe.pipeline import build_stages, identify_inputs, select
+from hardmoe.planning.room import Room
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
 from hardmoe.storage import Storage, open_storage
@@ -64,7 +65,9 @@ def build(
     if missing:
         check_before_building(recipe, plan)
         _keep_recipe(store.storage, recipe)
-        limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse)
+        room = Room(recipe, store.storage, plan.artifacts)
+        accept, execution = options["accept_versions"], recipe.execution
+        limits = RunnerOptions(execution.parallel, execution.attempts, recipe.reuse, accept, room)
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, partial(open_backend, recipe.execution, display.say), reporter, limits).run(plan)

@@ -15,7 +15,7 @@ import click
 import hardmoe
 from hardmoe.cli import use
 from hardmoe.cli.cluster import doctor, plan, submit
-from hardmoe.cli.options import building_options, recipe_options
+from hardmoe.cli.options import accept_versions_option, building_options, recipe_options
 from hardmoe.errors import HardmoeError, StoppedError
 
 _SEEDS = 3
@@ -213,6 +213,7 @@ def run(dry_run: bool, **options: Any) -> None:
 @click.option("--parallel", type=click.IntRange(min=1), help="At most so many units at a time.")
 @click.option("--backend", type=click.Choice(["ray", "inline"]), help="Override execution.backend.")
 @click.option("--address", help="Override execution.address: 'local', or a running Ray cluster's.")
+@accept_versions_option
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def sweep(study: Path, only: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> None:
     """Run the lines of STUDY, variations of one recipe, each with every seed; print one table of all."""

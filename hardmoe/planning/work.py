@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hardmoe.artifacts.names import DENSE
+from hardmoe.data.config import AUTO_COPY_BYTES
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
 
@@ -126,7 +127,7 @@ def volume_of(stage: Stage, recipe: Recipe, shape: Shape, network: Network, imag
     features = images * (network.features * _HALF + _ROW_BYTES)
     weights = network.parameters * _FLOAT
     shard = shape.shard_rows * (image_bytes + _ROW_BYTES)
-    copied = recipe.dataset.store == "copy" or (recipe.dataset.store == "auto" and images * image_bytes <= 64 * 2**30)
+    copied = recipe.dataset.store == "copy" or (recipe.dataset.store == "auto" and images * image_bytes <= AUTO_COPY_BYTES)
     size, batch = recipe.trunk.image_size, recipe.experts.batch_size
     activations = batch * (3 * size * size + 60.0 * network.flops / 1e9 * 1e5) * _FLOAT
     if kind == "dataset":

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from hardmoe.cli.main import cli
 
 RECIPE = {"-f", "--recipe", "--set", "--root", "--debug"}
-BUILD = RECIPE | {"--parallel", "--backend", "--address"}
-BULK = {"--source", "-o", "--out", "--format", "--memory-gib", "--parallel", "--address"}
+BUILD = RECIPE | {"--parallel", "--backend", "--address", "--accept-versions"}
+BULK = {"--source", "-o", "--out", "--format", "--memory-gib", "--parallel", "--address", "--accept-versions"}
 
 COMMANDS: dict[str, set[str]] = {
     "init": {"PATH", "--schema", "--force", "--debug"},
@@ -24,7 +24,8 @@ COMMANDS: dict[str, set[str]] = {
     "distil": BUILD,
     "report": BUILD,
     "run": BUILD | {"--dry-run"},
-    "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address", "--debug"},
+    "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address"}
+    | {"--accept-versions", "--debug"},
     "detection": BUILD | {"--json"},
     "status": RECIPE | {"--json", "--watch"},
     "logs": RECIPE | {"NAME", "--failed"},
@@ -33,7 +34,7 @@ COMMANDS: dict[str, set[str]] = {
     "stop": RECIPE | {"--timeout"},
     "predict": RECIPE | BULK | {"IMAGES", "-k"},
     "embed": RECIPE | BULK | {"IMAGES"},
-    "index": RECIPE | {"--vectors", "--kind", "--recall"},
+    "index": RECIPE | {"--vectors", "--kind", "--recall", "--accept-versions"},
     "search": RECIPE | {"QUERY", "--vectors", "-n", "--json"},
     "doctor": RECIPE | {"--address", "--json"},
     "submit": {"COMMAND", "--address", "--checkout", "--env", "--shared", "--ca", "--resubmit", "--detach"}
