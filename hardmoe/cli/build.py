@@ -159,12 +159,21 @@ def print_metrics(built: Built) -> None:
         rows.append((system, *(format_interval(metrics[name]) for name in _METRIC_COLUMNS)))
     click.echo(f"{results['num_test_examples']} test examples; per cent, with 95 % bootstrap intervals\n")
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
-    difference = results["differences"].get("mixture - dense_refit", {}).get("precision@1")
-    if difference and difference["low"] is not None:
-        low, high = 100 * difference["low"], 100 * difference["high"]
-        click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    _print_differences(results["differences"])
     _print_costs(results["costs"])
     _print_unequal_costs(built)
+
+
+def _print_differences(differences: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the mixture is above the control that counts, and above what learnt from it."""
+    lines = []
+    for name in ("mixture - dense_refit", "mixture - distilled"):
+        difference = differences.get(name, {}).get("precision@1")
+        if difference and difference["low"] is not None:
+            low, high = 100 * difference["low"], 100 * difference["high"]
+            lines.append(f"{name}, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    if lines:
+        click.echo("\n" + "\n".join(lines))
 
 
 def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
@@ -181,6 +190,13 @@ def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
         rows = [(*row, last) for row, last in zip(rows, ["routed of it", *shares], strict=True)]
     if costs:
         click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
+    for system, cost in costs.items():
+        if taught := cost.get("teacher_flops"):
+            whole, own = (format_large(each) for each in (cost["training_flops"], cost["training_flops"] - taught))
+            click.echo(
+                f"\n{system}: of its {whole} training FLOP {format_large(taught)} made the mixture and its answers, "
+                f"{own} are its own"
+            )
 
 
 def _print_unequal_costs(built: Built) -> None:

@@ -173,6 +173,15 @@ def evaluate(counts: tuple[int, ...] | None, factors: tuple[float, ...] | None, 
 
 @cli.command()
 @building_options
+def distil(**options: Any) -> None:
+    """Train one dense network on what the mixture says, and measure it beside the mixture."""
+    from hardmoe.cli.distil import show_distilled
+
+    show_distilled(options)
+
+
+@cli.command()
+@building_options
 def report(**options: Any) -> None:
     """Write one self-contained HTML page about the run."""
     from hardmoe.cli.build import build, publish
