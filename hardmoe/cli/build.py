@@ -159,13 +159,23 @@ def print_metrics(built: Built) -> None:
         rows.append((system, *(format_interval(metrics[name]) for name in METRIC_COLUMNS)))
     click.echo(f"{results['num_test_examples']} test examples; per cent, with 95 % bootstrap intervals\n")
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
-    difference = results["differences"].get("mixture - dense_refit", {}).get("precision@1")
-    if difference and difference["low"] is not None:
-        low, high = 100 * difference["low"], 100 * difference["high"]
-        click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    _print_differences(results["differences"])
     if results["costs"]:
         click.echo("\n" + cost_table({(system,): cost for system, cost in results["costs"].items()}, ("system",)))
+        _print_teachers(results["costs"])
     _print_unequal_costs(built)
+
+
+def _print_differences(differences: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the mixture is above the control that counts, and above what learnt from it."""
+    lines = []
+    for name in ("mixture - dense_refit", "mixture - distilled"):
+        difference = differences.get(name, {}).get("precision@1")
+        if difference and difference["low"] is not None:
+            low, high = 100 * difference["low"], 100 * difference["high"]
+            lines.append(f"{name}, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    if lines:
+        click.echo("\n" + "\n".join(lines))
 
 
 def cost_table(costs: Mapping[tuple[str, ...], Mapping[str, int]], names: Sequence[str]) -> str:
@@ -181,6 +191,19 @@ def cost_table(costs: Mapping[tuple[str, ...], Mapping[str, int]], names: Sequen
         shares = [f"{100 * cost.get('routed_flops', 0) / cost['flops']:.1f} %" for cost in costs.values()]
         rows = [(*row, last) for row, last in zip(rows, ["routed of it", *shares], strict=True)]
     return format_table(rows, right=range(len(names), len(rows[0])))
+
+
+def _print_teachers(costs: Mapping[str, Mapping[str, int]]) -> None:
+    """What of a training's operations made its teacher."""
+    from hardmoe.report.formats import format_large
+
+    for system, cost in costs.items():
+        if taught := cost.get("teacher_flops"):
+            whole, own = (format_large(each) for each in (cost["training_flops"], cost["training_flops"] - taught))
+            click.echo(
+                f"\n{system}: of its {whole} training FLOP {format_large(taught)} made the mixture and its answers, "
+                f"{own} are its own"
+            )
 
 
 def _print_unequal_costs(built: Built) -> None:

@@ -172,6 +172,15 @@ def evaluate(counts: tuple[int, ...] | None, factors: tuple[float, ...] | None, 
 
 
 @cli.command()
+@building_options
+def distil(**options: Any) -> None:
+    """Train one dense network on what the mixture says, and measure it beside the mixture."""
+    from hardmoe.cli.distil import show_distilled
+
+    show_distilled(options)
+
+
+@cli.command()
 @click.argument("roots", nargs=-1, metavar="[ROOT]...")
 @click.option(
     "--compare", "is_comparison", is_flag=True, help="Put the finished runs in these roots side by side; builds nothing."

@@ -69,6 +69,8 @@ def rows_of(stage: Stage, recipe: Recipe, shape: Shape) -> float:
     if kind == "expert":
         share = shape.train if stage.name == DENSE else shape.train / shape.experts
         return share * recipe.experts.epochs
+    if kind == "distilled":
+        return float(shape.train * stage.config["training"]["epochs"])
     if kind == "router":
         return float(shape.train * shape.clusters)
     if kind == "decoder":
@@ -132,7 +134,7 @@ def volume_of(stage: Stage, recipe: Recipe, shape: Shape, network: Network, imag
         return Volume(pixels * (2 if copied else 1), pixels if copied else images * 2.0 * _ROW_BYTES, _PROCESS_BYTES + shard)
     if kind == "vocabulary":
         return Volume(2.0 * images * _ROW_BYTES, float(images * _ROW_BYTES), _PROCESS_BYTES)
-    if kind in ("trunk", "expert"):
+    if kind in ("trunk", "expert", "distilled"):
         share = rows_of(stage, recipe, shape) * (image_bytes + _ROW_BYTES)
         return Volume(share, weights * (1 + _COPIES * _KEPT_CHECKPOINTS), _PROCESS_BYTES + _COPIES * weights + activations)
     if kind == "features":

@@ -21,6 +21,7 @@ COMMANDS: dict[str, set[str]] = {
     "train-experts": BUILD | {"--only"},
     "fit-decoder": BUILD,
     "evaluate": BUILD | {"--sweep-k", "--sweep-capacity", "--priority", "--no-priority"},
+    "distil": BUILD,
     "report": BUILD | {"ROOTS", "--compare", "--against", "-o", "--out", "--json"},
     "run": BUILD | {"--dry-run"},
     "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address"}
