@@ -17,7 +17,7 @@ def training(seen: int, seconds: float | None, start: int = 0, took: float = 10.
         (["runs/demo"], ["demo"]),
         (["/work/runs/a", "/work/runs/b/"], ["a", "b"]),
         (["a/runs/x", "b/runs/x"], ["a", "b"]),
-        (["one/a/x", "two/a/y", "two/b/x"], ["one/a/x", "two/a/y", "two/b/x"]),
+        (["one/a/x", "two/a/y", "two/b/x"], ["a/x", "a/y", "b/x"]),
         (["s3://bucket/a", "runs/b"], ["a", "b"]),
         (["runs/x/run", "runs/run"], ["x", "runs"]),
     ],
