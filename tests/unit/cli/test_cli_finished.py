@@ -15,7 +15,7 @@ def training(seen: int, seconds: float | None, start: int = 0, took: float = 10.
     ("places", "names"),
     [
         (["runs/demo"], ["demo"]),
-        (["/work/runs/a", "/work/runs/b/"], ["a", "b"]),
+        (["/data/runs/a", "/data/runs/b/"], ["a", "b"]),
         (["a/runs/x", "b/runs/x"], ["a", "b"]),
         (["one/a/x", "two/a/y", "two/b/x"], ["a/x", "a/y", "b/x"]),
         (["s3://bucket/a", "runs/b"], ["a", "b"]),
