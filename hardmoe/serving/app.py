@@ -10,7 +10,6 @@ Rejected: a framework that reads requests by the handlers' annotations; bodies a
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files as package_files
 from typing import Any, TypeVar
@@ -119,7 +118,7 @@ class Service:
 
     async def prometheus(self, request: Request) -> Response:
         """`GET /metrics`."""
-        self.metrics.experts_held.set(len(self.mixture.experts.numbers))
+        self.metrics.experts_held.set(await self.engine.num_held())
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def description(self, request: Request) -> Response:
@@ -173,8 +172,8 @@ def _of_image(model: type[Body], body: bytes, request: Request, number: str | No
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def build_app(service: Service, closing: Callable[[], None] = lambda: None) -> Starlette:
-    """The application of a service; `closing` is called at its end."""
+def build_app(service: Service) -> Starlette:
+    """The application of a service."""
 
     def route(path: str, handler: Handler, *, method: str = "GET", is_open: bool = False) -> Route:
         async def handle(request: Request) -> Response:
@@ -194,11 +193,6 @@ def build_app(service: Service, closing: Callable[[], None] = lambda: None) -> S
     async def docs_page(request: Request) -> Response:
         return HTMLResponse(page.joinpath("docs.html").read_text(encoding="utf-8"))
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> Any:
-        yield
-        closing()
-
     async def plain_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code, headers={**_HEADERS, **(error.headers or {})})
@@ -215,7 +209,7 @@ def build_app(service: Service, closing: Callable[[], None] = lambda: None) -> S
         route("/docs", docs_page, is_open=True),
         route("/", index_page, is_open=True),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: plain_error})
+    return Starlette(routes=routes, exception_handlers={HTTPException: plain_error})
 
 
 async def _answered(service: Service, handler: Handler, request: Request, is_open: bool) -> Response:

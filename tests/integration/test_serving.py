@@ -1,14 +1,11 @@
 """`hardmoe serve`: real requests over real sockets, against the mixture itself."""
 
-import base64
-import http.client
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from served import ask, encoded, request, serving
 from support import copied_run, invoke, refusal
 
 from hardmoe.cli.main import cli
 from hardmoe.mixture import Mixture
 from hardmoe.searching.search import SearchIndex
-from hardmoe.serving.app import Service, build_app
+from hardmoe.serving.app import Service
 from hardmoe.serving.engine import LocalEngine
 from hardmoe.serving.limits import Limits
-from hardmoe.serving.server import make_server
 
 LIMITS = Limits(max_body_bytes=200_000, max_pixels=1_000_000, max_images=32, body_seconds=1.0)
 
@@ -47,26 +44,6 @@ def images(finished: Path) -> list[bytes]:
     return pq.read_table(finished / "photos" / "0.parquet")["image"].to_pylist()[:24]
 
 
-@contextmanager
-def serving(service: Service) -> Iterator[int]:
-    """A server in a thread; its port."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = make_server(build_app(service), service.limits, "127.0.0.1", listening.getsockname()[1])
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        until = time.monotonic() + 60
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < until
-            threading.Event().wait(0.01)
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def service(mixture: Mixture, root: Path) -> Service:
     return Service(mixture, LocalEngine(mixture), SearchIndex.open(str(root), mixture), LIMITS)
@@ -76,26 +53,6 @@ def service(mixture: Mixture, root: Path) -> Service:
 def port(service: Service) -> Iterator[int]:
     with serving(service) as port:
         yield port
-
-
-def request(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
-def ask(port: int, path: str, body: Any) -> Any:
-    status, answer = request(port, "POST", path, json.dumps(body).encode(), Content_Type="application/json")
-    assert status == 200, answer
-    return json.loads(answer)
-
-
-def encoded(images: list[bytes]) -> list[str]:
-    return [base64.b64encode(image).decode() for image in images]
 
 
 def test_tags_and_places_are_those_of_the_mixture_in_both_forms(port: int, images: list[bytes], mixture: Mixture) -> None:
