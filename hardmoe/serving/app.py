@@ -30,6 +30,7 @@ from hardmoe.serving.limits import Limits, check_token, read_body
 from hardmoe.serving.metrics import Metrics
 from hardmoe.serving.schema import OCTETS, ImagesRequest, PredictRequest, SearchRequest, openapi
 
+_LONGEST_PLACE, _LONGEST_NUMBER = 200, 10
 Body = TypeVar("Body", bound=BaseModel)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
@@ -96,8 +97,8 @@ class Service:
 
     async def expert(self, request: Request) -> Response:
         """`GET /experts/{number}`: typical images of its part, as the run's report chose them."""
-        number: int = request.path_params["number"]
-        if number >= self.mixture.num_experts:
+        number = _number(request.path_params["number"], self.mixture.num_experts)
+        if number is None:
             raise HTTPException(404, f"there are experts 0 to {self.mixture.num_experts - 1}")
         parts = await asyncio.to_thread(self._parts)
         typical = parts[number]["typical"] if number < len(parts) else []
@@ -105,8 +106,8 @@ class Service:
 
     async def thumbnail(self, request: Request) -> Response:
         """`GET /thumbnails/{row}`."""
-        row: int = request.path_params["row"]
-        image = None if self.index is None or row >= len(self.index) else await asyncio.to_thread(self.index.thumbnail, row)
+        row = _number(request.path_params["row"], 0 if self.index is None else len(self.index))
+        image = None if self.index is None or row is None else await asyncio.to_thread(self.index.thumbnail, row)
         if image is None:
             raise HTTPException(404, "there is no such thumbnail")
         return Response(image, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
@@ -143,7 +144,9 @@ class Service:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             status = 400 if first["type"] == "json_invalid" else 422
-            raise HTTPException(status, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from error
+            # A key that is not known is part of the place, and may be as long as the body.
+            place = ".".join(map(str, first["loc"]))[:_LONGEST_PLACE] or "the body"
+            raise HTTPException(status, f"{place}: {first['msg']}") from error
         if number is not None and getattr(asked, number) > most:
             raise HTTPException(413, f"{number} is {most} at most")
         if len(getattr(asked, "images", [])) > self.limits.max_images:
@@ -157,6 +160,12 @@ class Service:
             return await self.engine.embed(pixels_N3SS)
 
 
+def _number(text: str, end: int) -> int | None:
+    """A number below `end` in a path, or None; Python itself refuses to read one of thousands of digits."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER else end
+    return number if number < end else None
+
+
 def _of_image(model: type[Body], body: bytes, request: Request, number: str | None) -> Body:
     """A body that is an image, with its number from the query."""
     import base64
@@ -165,7 +174,7 @@ def _of_image(model: type[Body], body: bytes, request: Request, number: str | No
     given: dict[str, Any] = {"image": encoded} if model is SearchRequest else {"images": [encoded]}
     if number is not None and number in request.query_params:
         text = request.query_params[number]
-        given[number] = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+        given[number] = int(text) if text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER else text
     return model.model_validate(given)
 
 
@@ -201,8 +210,8 @@ def build_app(service: Service) -> Starlette:
         route("/predict", service.predict, method="POST"),
         route("/embed", service.embed, method="POST"),
         route("/search", service.search, method="POST"),
-        route("/experts/{number:int}", service.expert),
-        route("/thumbnails/{row:int}", service.thumbnail),
+        route("/experts/{number}", service.expert),
+        route("/thumbnails/{row}", service.thumbnail),
         route("/health", service.health, is_open=True),
         route("/metrics", service.prometheus),
         route("/openapi.json", service.description, is_open=True),

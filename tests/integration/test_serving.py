@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hostile_base import picture, saved
 from served import ask, encoded, request, serving
 from support import copied_run, invoke, refusal
 
@@ -123,6 +124,17 @@ PNG_BOMB = (
         ("/search", "application/json", b'{"tag": "a", "image": "QUFB"}', 422),
         ("/search", "application/json", b"{}", 422),
         ("/search", "application/json", b"\xff\xfe", 400),
+        ("/search", "application/json", b'{"tag": "\\ud800"}', 400),
+        ("/search", "application/json", b'{"tag": 7}', 422),
+        ("/search", "application/json", b'{"tag": "a", "n": 1e999}', 422),
+        ("/search", "application/json", b'{"tag": "a", "n": ' + b"9" * 5000 + b"}", 400),
+        ("/search", "application/json", b'{"tag": "a", "n": ' + b"9" * 30 + b"}", 413),
+        ("/predict", "application/json", b"[" * 100_000, 400),
+        ("/predict", "application/json", b'{"images": {"0": "QUFB"}}', 422),
+        ("/predict", "application/json", b'{"images": ["QUFB"], "' + b"k" * 100_000 + b'": 1}', 422),
+        ("/predict?k=" + "9" * 5000, "image/png", b"a", 422),
+        ("/embed", "image/png", saved(picture(), "PNG")[:-30], 400),
+        ("/embed", "image/jpeg", saved(picture(), "JPEG")[:700], 400),
         ("/nowhere", "application/json", b"{}", 404),
         ("/health", "application/json", b"{}", 405),
     ],
@@ -132,8 +144,15 @@ def test_request_that_cannot_be_answered_has_its_status_and_a_sentence(
 ) -> None:
     found, answer = request(port, "POST", path, body, Content_Type=kind)
     assert (found, status) == (status, found), answer
-    assert json.loads(answer)["error"]
+    assert 0 < len(json.loads(answer)["error"]) < 500
     assert request(port, "GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("number", ["-1", "x", "%C2%B2", "1e3", "9" * 5000, "999999999"])
+def test_number_that_is_none_of_an_expert_or_a_thumbnail_is_not_found(port: int, number: str) -> None:
+    for path in ("/experts", "/thumbnails"):
+        status, answer = request(port, "GET", f"{path}/{number}")
+        assert status == 404 and json.loads(answer)["error"]
 
 
 def test_slow_senders_and_silent_connections_are_ended(port: int) -> None:
@@ -179,7 +198,8 @@ def test_token_is_asked_for_and_search_without_an_index_says_what_to_do(mixture:
 
 def test_description_names_every_route_and_metrics_count_requests(port: int, images: list[bytes]) -> None:
     described = json.loads(request(port, "GET", "/openapi.json")[1])
-    assert set(described["paths"]) == {"/predict", "/embed", "/search", "/health", "/metrics"}
+    posts, gets = {"/predict", "/embed", "/search"}, {"/experts/{number}", "/thumbnails/{row}", "/health", "/metrics"}
+    assert set(described["paths"]) == posts | gets
 
     def references(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
