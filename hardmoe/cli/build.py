@@ -23,6 +23,7 @@ from hardmoe.execution.plan import Plan, make_plan
 from hardmoe.execution.progress import Reporter
 from hardmoe.execution.runner import Runner, RunnerOptions
 from hardmoe.pipeline import build_stages, identify_inputs, select
+from hardmoe.planning.room import Room
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
 from hardmoe.storage import Storage, open_storage
@@ -64,7 +65,9 @@ def build(
     if missing:
         check_before_building(recipe, plan)
         _keep_recipe(store.storage, recipe)
-        limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse)
+        room = Room(recipe, store.storage, plan.artifacts)
+        accept, execution = options["accept_versions"], recipe.execution
+        limits = RunnerOptions(execution.parallel, execution.attempts, recipe.reuse, accept, room)
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, partial(open_backend, recipe.execution, display.say), reporter, limits).run(plan)
@@ -156,12 +159,21 @@ def print_metrics(built: Built) -> None:
         rows.append((system, *(format_interval(metrics[name]) for name in _METRIC_COLUMNS)))
     click.echo(f"{results['num_test_examples']} test examples; per cent, with 95 % bootstrap intervals\n")
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
-    difference = results["differences"].get("mixture - dense_refit", {}).get("precision@1")
-    if difference and difference["low"] is not None:
-        low, high = 100 * difference["low"], 100 * difference["high"]
-        click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    _print_differences(results["differences"])
     _print_costs(results["costs"])
     _print_unequal_costs(built)
+
+
+def _print_differences(differences: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the mixture is above the control that counts, and above what learnt from it."""
+    lines = []
+    for name in ("mixture - dense_refit", "mixture - distilled"):
+        difference = differences.get(name, {}).get("precision@1")
+        if difference and difference["low"] is not None:
+            low, high = 100 * difference["low"], 100 * difference["high"]
+            lines.append(f"{name}, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    if lines:
+        click.echo("\n" + "\n".join(lines))
 
 
 def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
@@ -178,6 +190,13 @@ def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
         rows = [(*row, last) for row, last in zip(rows, ["routed of it", *shares], strict=True)]
     if costs:
         click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
+    for system, cost in costs.items():
+        if taught := cost.get("teacher_flops"):
+            whole, own = (format_large(each) for each in (cost["training_flops"], cost["training_flops"] - taught))
+            click.echo(
+                f"\n{system}: of its {whole} training FLOP {format_large(taught)} made the mixture and its answers, "
+                f"{own} are its own"
+            )
 
 
 def _print_unequal_costs(built: Built) -> None:

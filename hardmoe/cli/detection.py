@@ -44,7 +44,7 @@ def run_detection(options: Mapping[str, Any], as_json: bool) -> None:
     inventory = take_inventory(open_source(config.dataset).files(), store.storage, f"{SET}/_progress/inventory.json")
     plan = _plan(store, config, inventory.digest())
     if plan.missing:
-        limits = RunnerOptions(config.execution.parallel, config.execution.attempts)
+        limits = RunnerOptions(config.execution.parallel, config.execution.attempts, (), options["accept_versions"])
         Runner(store, partial(open_backend, config.execution), Reporter(store.storage, make_display()), limits).run(plan)
     judged = plan.artifacts[DETECTION]
     results = json.loads(judged.storage.read_bytes(judged.path("results.json")))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,7 +25,8 @@ from hardmoe.experts.stages import trained_on
 from hardmoe.partitioning.advice_stages import CHECKS, SWEEP
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.recipe import Recipe
-from hardmoe.storage import Storage, join
+from hardmoe.report.status import StatusRow, render_status
+from hardmoe.storage import LocalStorage, Storage, join
 
 _ACTIVE = ("running",)
 
@@ -42,19 +44,25 @@ class ArtifactStatus:
     seconds: float | None = None
 
 
-def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
-    """Print the status once, or again and again until nothing is running any more."""
+def show_status(options: Mapping[str, Any], as_json: bool, watch: bool, page: Path | None = None) -> None:
+    """Print the status, or write it as a page; once, or again and again until nothing is running any more."""
     quiet = 0
     while True:
         storage, recipe = existing_run(options)
         names = artifact_names(storage, recipe)
         rows = [artifact_status(storage, name) for name in names]
-        if watch and not as_json:
-            click.clear()
-        click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
-        if not as_json and (line := _experts_line(storage, recipe, rows)) is not None:
-            click.echo(line)
+        line = None if as_json else _experts_line(storage, recipe, rows)
         quiet = 0 if any(row.state in _ACTIVE or row.holder for row in rows) else quiet + 1
+        if page is not None:
+            _write_page(page, storage, rows, line, goes_on=watch and quiet < 2)
+            if quiet == 0 or not watch:
+                click.echo(f"{datetime.now().astimezone():%H:%M:%S} {page}", err=True)
+        else:
+            if watch and not as_json:
+                click.clear()
+            click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
+            if line is not None:
+                click.echo(line)
         # Between two stages nothing runs for a moment: only the second such look in a row is the end.
         if not watch or quiet == 2:
             return
@@ -88,17 +96,30 @@ def artifact_status(storage: Storage, name: str) -> ArtifactStatus:
     return ArtifactStatus(name, state, body, str(holder) if holder else None)
 
 
+def _write_page(page: Path, storage: Storage, rows: Sequence[ArtifactStatus], experts: str | None, *, goes_on: bool) -> None:
+    """The page in place of the one before; nobody ever reads half of it."""
+    every = max(1, round(STATUS_SECONDS)) if goes_on else None
+    moment = datetime.now().astimezone()
+    text = render_status([_in_words(row) for row in rows], storage.where(), moment, experts, every)
+    LocalStorage(page.absolute().parent).write_bytes(page.name, text.encode())
+
+
+def _in_words(row: ArtifactStatus) -> StatusRow:
+    body = row.progress
+    total = body.get("units_total")
+    units = f"{body['units_done']}/{total}" if total else ""
+    percent = 100 * body["fraction"] if total else None
+    running = row.state in _ACTIVE and bool(body)
+    rate = f"{body['units_per_second']:.3g}/s" if running and body["units_per_second"] else ""
+    eta = format_seconds(body["eta_seconds"]) if running and body["eta_seconds"] is not None else ""
+    share = "" if percent is None else f"{percent:.0f} %"
+    return StatusRow(row.artifact, row.state, body.get("phase", ""), units, share, rate, eta, _note(row), percent)
+
+
 def _status_table(rows: Sequence[ArtifactStatus]) -> str:
     table = [("artifact", "state", "phase", "units", "done", "rate", "ETA", "note")]
-    for row in rows:
-        body = row.progress
-        total = body.get("units_total")
-        units = f"{body['units_done']}/{total}" if total else ""
-        share = f"{100 * body['fraction']:.0f} %" if total else ""
-        running = row.state in _ACTIVE and bool(body)
-        rate = f"{body['units_per_second']:.3g}/s" if running and body["units_per_second"] else ""
-        eta = format_seconds(body["eta_seconds"]) if running and body["eta_seconds"] is not None else ""
-        table.append((row.artifact, row.state, body.get("phase", ""), units, share, rate, eta, _note(row)))
+    for row in map(_in_words, rows):
+        table.append((row.artifact, row.state, row.phase, row.units, row.share, row.rate, row.eta, row.note))
     return format_table(table, right=(3, 4, 5, 6))
 
 

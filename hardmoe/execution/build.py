@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from hardmoe.artifacts.fingerprint import digest
 from hardmoe.artifacts.lease import Lease
-from hardmoe.artifacts.provenance import describe, now
+from hardmoe.artifacts.pinned_versions import decisive
+from hardmoe.artifacts.provenance import describe, now, versions
 from hardmoe.artifacts.record import PROVENANCE_NAME, RECORD_NAME, Record
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.errors import CorruptFileError
@@ -162,7 +163,12 @@ class Build:
                 self._storage.delete_tree(join(self.stage.name, path))
 
     def _provenance(self, stored: list[StoredCompletion]) -> bytes:
-        units = [{"unit": item.completion.unit, "seconds": item.seconds, "host": item.host} for item in stored]
+        here = decisive(versions())
+        units = [
+            {"unit": item.completion.unit, "seconds": item.seconds, "host": item.host}
+            | ({} if item.versions == here else {"versions": dict(item.versions)})
+            for item in stored
+        ]
         started, clock = self._started
         return describe(started, time.monotonic() - clock, units[:_PROVENANCE_UNITS], num_units=len(units))
 

@@ -17,7 +17,7 @@ still replace a file after another attempt's file was vouched for.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from hardmoe.artifacts.lease import LEASE_NAME
 from hardmoe.config import Json
@@ -85,6 +85,8 @@ class UnitTask:
     """Whether the unit is to do in a process of its own what may have killed its workers."""
     stop_request: str = ""
     """The newest `hardmoe stop` that came before the unit's driver, which is none of this unit's; filled in by the runner."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """The driver's, which the worker must have; empty where others are accepted. Filled in by the runner."""
 
     @property
     def paths(self) -> BuildPaths:
@@ -122,6 +124,8 @@ class StoredCompletion:
     """Path within the artifact -> storage path of the attempt's file."""
     seconds: float
     host: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the packages on which the unit's bytes depend."""
 
     def to_bytes(self) -> bytes:
         """The content of the completion's file.
@@ -143,7 +147,7 @@ def parse_completion(data: bytes, where: str) -> StoredCompletion:
         inner = body["completion"]
         files = [FileEntry(**entry) for entry in inner["files"]]
         completion = Completion(unit=inner["unit"], payload=inner["payload"], files=files, scratch=inner["scratch"])
-        return StoredCompletion(completion, body["staged"], body["seconds"], body["host"])
+        return StoredCompletion(completion, body["staged"], body["seconds"], body["host"], body["versions"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{where} is not a unit's completion; delete it and run again, which redoes that unit") from error
 

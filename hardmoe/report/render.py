@@ -44,6 +44,7 @@ SYSTEMS = {
     "dense_refit": "dense, decoder refitted: the control",
     "experts_own_decoder": "experts, each with its own decoder",
     "mixture": "experts, one decoder shared by all",
+    "distilled": "one network that learnt from the mixture",
     "mixture_topk": "several of the nearest experts, mixed",
     "best_single_expert": "one expert for all images, chosen on validation",
     "oracle_expert": "the best expert of each image, told by its tags",
@@ -66,8 +67,7 @@ NEIGHBOURS = {
 MIXTURE, CONTROL = "mixture", "dense_refit"
 COMPARISON = f"{MIXTURE} - {CONTROL}"
 HEADLINE_METRIC = "precision@1"
-NUM_VISIBLE_IMAGES = 8
-NUM_OPEN_GALLERIES = 8
+NUM_VISIBLE_IMAGES = NUM_OPEN_GALLERIES = 8
 """Cards beyond this many keep the rest of their images folded away, so a page of 64 experts can still be leafed through."""
 MOSAIC_SIZE = 64
 MAX_INDEX_BESIDE = 16
