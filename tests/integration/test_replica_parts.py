@@ -1,6 +1,7 @@
 """`serving.replicas` without Ray: a gate and a holder of experts in this process give what the mixture gives."""
 
 import asyncio
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ def test_gate_and_holder_give_what_the_mixture_gives(which: str, images: list[by
         answers = await asyncio.gather(*(gate.embed(pixels[at : at + size]) for at, size in zip(starts, sizes, strict=False)))
         assert holder.num_held == len(networks) > 1
         networks.clear()
+        gc.collect()
         assert holder.num_held == 0, "what Serve evicts is still held"
         gate.check_health()
         holder.check_health()

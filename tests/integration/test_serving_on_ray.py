@@ -103,8 +103,9 @@ def test_every_door_gives_the_same_tags_and_places(
 def test_replica_holds_no_more_experts_than_its_budget(on_ray: Command, images: list[bytes], mixture: Mixture) -> None:
     assert len(set(mixture.route(images).tolist())) == 3
     ask(on_ray.port, "/embed", {"images": encoded(images)})
-    told = request(on_ray.port, "GET", "/metrics")[1].decode()
-    assert "hardmoe_experts_in_memory 2.0" in told
+    until = time.monotonic() + 60
+    while "hardmoe_experts_in_memory 2.0" not in (told := request(on_ray.port, "GET", "/metrics")[1].decode()):
+        assert time.monotonic() < until, told
 
 
 @pytest.mark.parametrize("deployment", ["experts", "gates"])
