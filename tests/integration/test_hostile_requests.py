@@ -97,7 +97,9 @@ def test_every_hostile_request_has_an_answer_that_the_description_knows(door: Co
 
     def campaign(path: str, method: str, mode: GenerationMode, count: int) -> None:
         @seed(number)
-        @settings(max_examples=count, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=count, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        )
         @given(case=with_images(schema[path][method].as_strategy(generation_mode=mode), images))
         def ask(case: Any) -> None:
             response = case.call()
