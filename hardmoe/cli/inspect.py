@@ -14,7 +14,8 @@ from hardmoe.artifacts.lease import TIME_TO_LIVE_SECONDS, lease_holder
 from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.record import PROVENANCE_NAME
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import existing_run, format_table
+from hardmoe.cli.begun import begun_run
+from hardmoe.cli.common import format_table
 from hardmoe.cli.trainings import experts_line, training_notes
 from hardmoe.config import Json
 from hardmoe.errors import CorruptFileError, RecipeError, StorageError
@@ -22,8 +23,6 @@ from hardmoe.execution.progress import STATUS_SECONDS
 from hardmoe.execution.task import BuildPaths
 from hardmoe.execution.tracked import format_seconds
 from hardmoe.experts.stages import trained_on
-from hardmoe.partitioning.advice_stages import CHECKS, SWEEP
-from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.recipe import Recipe
 from hardmoe.report.status import StatusRow, render_status
 from hardmoe.storage import LocalStorage, Storage, join
@@ -48,13 +47,12 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool, page: Pa
     """Print the status, or write it as a page; once, or again and again until nothing is running any more."""
     quiet = 0
     while True:
-        storage, recipe = existing_run(options)
-        names = artifact_names(storage, recipe)
-        rows = [artifact_status(storage, name) for name in names]
-        line = None if as_json else _experts_line(storage, recipe, rows)
+        run = begun_run(options)
+        rows = [artifact_status(run.storage, name) for name in run.names]
+        line = None if as_json or run.recipe is None else _experts_line(run.storage, run.recipe, rows)
         quiet = 0 if any(row.state in _ACTIVE or row.holder for row in rows) else quiet + 1
         if page is not None:
-            _write_page(page, storage, rows, line, goes_on=watch and quiet < 2)
+            _write_page(page, run.storage, rows, line, goes_on=watch and quiet < 2)
             if quiet == 0 or not watch:
                 click.echo(f"{datetime.now().astimezone():%H:%M:%S} {page}", err=True)
         else:
@@ -67,15 +65,6 @@ def show_status(options: Mapping[str, Any], as_json: bool, watch: bool, page: Pa
         if not watch or quiet == 2:
             return
         time.sleep(STATUS_SECONDS)
-
-
-def artifact_names(storage: Storage, recipe: Recipe) -> list[str]:
-    """The recipe's artifacts, then those of sweeps and checks that were begun in this root."""
-    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
-    for directory, depth in ((SWEEP, 1), (CHECKS, 2)):
-        paths = [path.split("/") for path in storage.list(directory)]
-        names += sorted({join(directory, *parts[:depth]) for parts in paths if len(parts) > depth})
-    return names
 
 
 def artifact_status(storage: Storage, name: str) -> ArtifactStatus:
@@ -174,10 +163,8 @@ def _seconds_since(moment: str) -> float:
 
 def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> None:
     """Print the logs of an artifact's units, or list all logs, or print what failed."""
-    storage, recipe = existing_run(options)
-    names = artifact_names(storage, recipe)
-    if name is not None:
-        names = [resolve(names, name)]
+    run = begun_run(options)
+    storage, names = run.storage, run.names if name is None else [resolve(run.names, name)]
     if failed:
         _print_failures(storage, names)
         return
@@ -204,8 +191,8 @@ def _print_failures(storage: Storage, names: Sequence[str]) -> None:
 
 def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
     """Print a record: as JSON with its provenance, or for people."""
-    storage, recipe = existing_run(options)
-    names = artifact_names(storage, recipe)
+    run = begun_run(options)
+    storage, names = run.storage, run.names
     artifact = ArtifactStore(storage).get(resolve(names, name))
     provenance = _provenance(storage, artifact.name)
     if as_json:

@@ -181,9 +181,26 @@ def distil(**options: Any) -> None:
 
 
 @cli.command()
+@click.argument("roots", nargs=-1, metavar="[ROOT]...")
+@click.option(
+    "--compare", "is_comparison", is_flag=True, help="Put the finished runs in these roots side by side; builds nothing."
+)
+@click.option("--against", metavar="[RUN:]SYSTEM", help="With --compare: what differences are held against.  [default: mixture]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="With --compare: the page.  [default: compare.html]")
+@click.option("--json", "as_json", is_flag=True, help="With --compare: print JSON.")
 @building_options
-def report(**options: Any) -> None:
-    """Write one self-contained HTML page about the run."""
+def report(
+    roots: tuple[str, ...], is_comparison: bool, against: str | None, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Write one self-contained HTML page about the run, or with --compare about several finished ones."""
+    if is_comparison:
+        from hardmoe.cli.compare import check_options, compare_runs
+
+        check_options(roots, options)
+        compare_runs(roots, against, out or Path("compare.html"), as_json)
+        return
+    if roots or against or out or as_json:
+        raise click.UsageError("ROOT, --against, --out and --json go with --compare")
     from hardmoe.cli.build import build, publish
 
     click.echo(publish(build(options, ["report"])))

@@ -167,10 +167,12 @@ class Build:
         units = [
             {"unit": item.completion.unit, "seconds": item.seconds, "host": item.host}
             | ({} if item.versions == here else {"versions": dict(item.versions)})
-            for item in stored
+            | ({"said": dict(item.said)} if item.said else {})
+            for item in stored[:_PROVENANCE_UNITS]
         ]
+        machines = {item.host: item.machine for item in stored if item.machine}
         started, clock = self._started
-        return describe(started, time.monotonic() - clock, units[:_PROVENANCE_UNITS], num_units=len(units))
+        return describe(started, time.monotonic() - clock, units, num_units=len(stored), machines=machines)
 
 
 def sweep_builds(storage: Storage, artifact: str) -> None:

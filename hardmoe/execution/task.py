@@ -126,6 +126,9 @@ class StoredCompletion:
     host: str
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the packages on which the unit's bytes depend."""
+    machine: str = ""
+    said: Mapping[str, Json] = field(default_factory=dict)
+    """What the unit last said of itself: a training its speed."""
 
     def to_bytes(self) -> bytes:
         """The content of the completion's file.
@@ -147,7 +150,8 @@ def parse_completion(data: bytes, where: str) -> StoredCompletion:
         inner = body["completion"]
         files = [FileEntry(**entry) for entry in inner["files"]]
         completion = Completion(unit=inner["unit"], payload=inner["payload"], files=files, scratch=inner["scratch"])
-        return StoredCompletion(completion, body["staged"], body["seconds"], body["host"], body["versions"])
+        facts = (body["seconds"], body["host"], body["versions"], body["machine"], body["said"])
+        return StoredCompletion(completion, body["staged"], *facts)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{where} is not a unit's completion; delete it and run again, which redoes that unit") from error
 

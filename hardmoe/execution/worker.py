@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hardmoe.artifacts.pinned_versions import OPTION, decisive, differing
-from hardmoe.artifacts.provenance import now, versions
+from hardmoe.artifacts.provenance import machine, now, versions
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
 from hardmoe.errors import HardmoeError, PreemptedError, StorageError, WorkerLostError
@@ -110,7 +110,8 @@ class RunningUnit(StageContext):
         """
         path = self.task.paths.done(self.phase, self.unit.name)
         completion = Completion(self.unit.name, payload, sorted(self._files, key=lambda entry: entry.path), self._scratch)
-        data = StoredCompletion(completion, self._staged, round(seconds, 3), self._host, decisive(versions())).to_bytes()
+        facts = (round(seconds, 3), self._host, decisive(versions()), machine(), self._said.get("values", {}))
+        data = StoredCompletion(completion, self._staged, *facts).to_bytes()
         if self.storage.create(path, data):
             return parse_completion(data, path).completion
         return load_completion(self.storage, path).completion

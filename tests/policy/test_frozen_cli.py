@@ -22,7 +22,7 @@ COMMANDS: dict[str, set[str]] = {
     "fit-decoder": BUILD,
     "evaluate": BUILD | {"--sweep-k", "--sweep-capacity", "--priority", "--no-priority"},
     "distil": BUILD,
-    "report": BUILD,
+    "report": BUILD | {"ROOTS", "--compare", "--against", "-o", "--out", "--json"},
     "run": BUILD | {"--dry-run"},
     "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address"}
     | {"--accept-versions", "--debug"},
