@@ -75,6 +75,7 @@ def commanded(root: Path, *arguments: str, patience: float = 240.0) -> Iterator[
         process.kill()
         process.wait()
         listener.join()
+        process.stderr.close()
     assert "Traceback" not in "".join(said), "".join(said)
 
 

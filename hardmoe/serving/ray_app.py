@@ -231,7 +231,8 @@ def on_ray(address: str, options: ReplicaOptions, name: str) -> Iterator[tuple[A
             # A Ray that is gone has taken it along.
             with interrupts_held_back(), suppress(ray.exceptions.RayError, serve.exceptions.RayServeException):
                 serve.delete(name)
-                if not (before.proxies or before.applications or serve.status().applications):
+                # On a Ray of our own, Serve ends with it, and without Ray's complaints about its controller.
+                if address != "local" and not (before.proxies or before.applications or serve.status().applications):
                     serve.shutdown()
 
 

@@ -28,7 +28,7 @@ K = 4
 
 @pytest.fixture(scope="module")
 def images(finished: Path) -> list[bytes]:
-    return pq.read_table(finished / "photos" / "0.parquet", use_threads=False)["image"].to_pylist()[:24]
+    return pq.read_table(finished / "photos" / "0.parquet", use_threads=False)["image"].to_pylist()[:48]
 
 
 @pytest.fixture(scope="module")
