@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hardmoe.neighbours.assignment import Assignment, exact_nearest, non_finite, squared_distances
 from hardmoe.neighbours.torch_engine import full_float32
+from hardmoe.partitioning import device_kernel
 from hardmoe.partitioning.device_tiles import (
     GRID_BITS,
     DeviceCentroids,
@@ -54,6 +55,7 @@ class DevicePass:
         elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS["cpu"])
         self._tile = max(1, min(_MOST_TILE_ROWS, elements // (dim + num_clusters)))
         self._longest = _ROOM / self._tile
+        self._kernel = device_kernel.Kernel(self._centroids) if device_kernel.suits(self._centroids, device) else None
         self._units_XD = torch.zeros((num_clusters + 1, dim), dtype=torch.int64, device=device)
         self._high_XD, self._low_XD = self._units_XD.clone(), self._units_XD.clone()
         self._counts_X = torch.zeros(num_clusters + 1, dtype=torch.int64, device=device)
@@ -72,12 +74,8 @@ class DevicePass:
         Raises:
             DataError: a feature is NaN, infinite or too large to be summed exactly.
         """
-        primary_N = torch.empty(len(features_ND), dtype=torch.int32, device=features_ND.device)
-        squared_N = torch.empty(len(features_ND), dtype=torch.float64, device=features_ND.device)
         with full_float32(features_ND.device.type):
-            for start in range(0, len(features_ND), self._tile):
-                rows = slice(start, start + self._tile)
-                primary_N[rows], squared_N[rows] = self._tile_of(features_ND[rows], torch.float32)
+            primary_N, squared_N = self._search_all(features_ND)
             undecided_R = torch.nonzero(primary_N < 0).squeeze(1)
             num_bad = 0
             for rows_T in torch.split(undecided_R, self._tile):
@@ -85,9 +83,9 @@ class DevicePass:
                 primary_T, squared_T = self._tile_of(features_TD, torch.float64)
                 num_bad += self._by_definition(features_TD, primary_T, squared_T)
                 primary_N[rows_T], squared_N[rows_T] = primary_T, squared_T
+                self._parts.append(objective_parts(squared_T))
         if num_bad:
             raise non_finite(num_bad, len(features_ND))
-        self._parts.append(objective_parts(squared_N))
         return primary_N, squared_N
 
     def sums(self) -> ClusterSums:
@@ -96,6 +94,23 @@ class DevicePass:
         units = sum(objective_units(parts) for parts in self._parts)
         # Adding brings the low parts, sums of up to 2^31 tiles, into their range.
         return self._on_host + ClusterSums(self._counts_X[:-1].cpu().numpy(), high_KD, low_KD, units)
+
+    def _search_all(self, features_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first search of all rows, and the sums of those that it decides."""
+        if self._kernel is not None:
+            found = self._kernel.run(features_ND)
+            self._high_XD[:-1] += found.high_KD
+            self._low_XD[:-1] += found.low_KD
+            self._counts_X[:-1] += found.counts_K
+            self._parts.append(found.objective)
+            return found.primary_N, found.squared_N
+        primary_N = torch.empty(len(features_ND), dtype=torch.int32, device=features_ND.device)
+        squared_N = torch.empty(len(features_ND), dtype=torch.float64, device=features_ND.device)
+        for start in range(0, len(features_ND), self._tile):
+            rows = slice(start, start + self._tile)
+            primary_N[rows], squared_N[rows] = self._tile_of(features_ND[rows], torch.float32)
+        self._parts.append(objective_parts(squared_N))
+        return primary_N, squared_N
 
     def _tile_of(self, features_TD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Search, measure and add the rows that the precision decides; -1 and 0 for the others."""
