@@ -1,4 +1,4 @@
-"""Runs the Triton kernel in Triton's interpreter on the CPU and holds it against the CPU path: a program for `test_device_kernel`.
+"""Runs the Triton kernel in Triton's interpreter and holds it against the CPU path: a program for `test_device_kernel`.
 
     TRITON_INTERPRET=1 python tests/kernel_interpreted.py
 
@@ -27,8 +27,8 @@ def _counting(self: device_kernel.Kernel, features_ND: torch.Tensor) -> device_k
     return found
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
-@given(case=cases(dims=(16, 32, 128), most_clusters=20))
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(case=cases(dims=(16, 32), most_clusters=20))
 def any_features(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Of every kind."""
     assert_same_bits(*case, CPU)
@@ -37,7 +37,7 @@ def any_features(case: tuple[np.ndarray, np.ndarray]) -> None:
 def every_shape() -> None:
     """Every width, more rows than a program takes, one centroid and many, unit features as in use."""
     generator = np.random.default_rng(0)
-    for dim, clusters, rows in [(16, 1, 3000), (32, 2, 70), (64, 33, 2500), (128, 32, 2100), (256, 32, 200)]:
+    for dim, clusters, rows in [(16, 1, 2100), (32, 2, 70), (64, 33, 130), (128, 32, 200), (256, 32, 70)]:
         features = generator.standard_normal((rows, dim)).astype(np.float32)
         features /= np.linalg.norm(features, axis=1, keepdims=True)
         centroids = (features[:clusters] * np.float32(0.7)).copy()

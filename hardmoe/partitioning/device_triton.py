@@ -7,8 +7,6 @@ Shape letters: N rows, D feature dim, X clusters padded to a power of two, B row
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,no-any-return,attr-defined"
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -20,22 +18,22 @@ _ROUND_BITS = tl.constexpr(0x4338000000000000)
 
 @triton.jit
 def pass_over_rows(
-    features_p: Any,
-    high_p: Any,
-    low_p: Any,
-    squares_p: Any,
-    double_p: Any,
-    primary_p: Any,
-    squared_p: Any,
-    units_p: Any,
-    counts_p: Any,
-    objective_p: Any,
-    num_rows: Any,
-    scale: Any,
-    largest: Any,
-    factor: Any,
-    least: Any,
-    longest: Any,
+    features_p: tl.tensor,
+    high_p: tl.tensor,
+    low_p: tl.tensor,
+    squares_p: tl.tensor,
+    double_p: tl.tensor,
+    primary_p: tl.tensor,
+    squared_p: tl.tensor,
+    units_p: tl.tensor,
+    counts_p: tl.tensor,
+    objective_p: tl.tensor,
+    num_rows: tl.tensor,
+    scale: tl.tensor,
+    largest: tl.tensor,
+    factor: tl.tensor,
+    least: tl.tensor,
+    longest: tl.tensor,
     D: tl.constexpr,
     X: tl.constexpr,
     B: tl.constexpr,
@@ -54,7 +52,7 @@ def pass_over_rows(
     fourth_DX = tl.zeros((D, X), tl.float32)
     counts_X = tl.zeros((X,), tl.int32)
     whole_B, fraction_B = tl.zeros((B,), tl.int64), tl.zeros((B,), tl.int64)
-    for block in range(BLOCKS):
+    for block in range(tl.minimum(BLOCKS, tl.cdiv(num_rows - program * (BLOCKS * B), B))):
         rows_B = (program.to(tl.int64) * BLOCKS + block) * B + tl.arange(0, B)
         inside_B = rows_B < num_rows
         features_BD = tl.load(features_p + rows_B[:, None] * D + d[None, :], mask=inside_B[:, None], other=0.0)
@@ -98,19 +96,20 @@ def pass_over_rows(
 
 
 @triton.jit
-def _products(features_BD: Any, high_DX: Any, low_DX: Any, WIDE: tl.constexpr) -> Any:
+def _products(features_BD: tl.tensor, high_DX: tl.tensor, low_DX: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
     """Features times scaled centroids from float16 halves, float32 [B, X]; float32 features times 2^6."""
     if WIDE:
         scaled_BD = features_BD * 64.0
         upper_BD = scaled_BD.to(tl.float16)
         lower_BD = (scaled_BD - upper_BD.to(tl.float32)).to(tl.float16)
-        return tl.dot(upper_BD, high_DX) + (tl.dot(upper_BD, low_DX) + tl.dot(lower_BD, high_DX))
+        products_BX = tl.dot(upper_BD, high_DX) + (tl.dot(upper_BD, low_DX) + tl.dot(lower_BD, high_DX))
     else:
-        return tl.dot(features_BD, high_DX) + tl.dot(features_BD, low_DX)
+        products_BX = tl.dot(features_BD, high_DX) + tl.dot(features_BD, low_DX)
+    return products_BX
 
 
 @triton.jit
-def _digit(rest_BD: Any, steps: tl.constexpr) -> Any:
+def _digit(rest_BD: tl.tensor, steps: tl.constexpr) -> tl.tensor:
     """The rest in whole steps, of which one holds so many, as float16, and what is then left."""
     digit_BD = (rest_BD * steps + _ROUND_SINGLE) - _ROUND_SINGLE
     return digit_BD.to(tl.float16), rest_BD - digit_BD * (1.0 / steps)
@@ -118,14 +117,15 @@ def _digit(rest_BD: Any, steps: tl.constexpr) -> Any:
 
 @triton.jit
 def _in_lanes(
-    features_p: Any, double_p: Any, rows_B: Any, near_B: Any, certain_B: Any, D: tl.constexpr
-) -> Any:
+    features_p: tl.tensor, double_p: tl.tensor, rows_B: tl.tensor, near_B: tl.tensor, certain_B: tl.tensor, D: tl.constexpr
+) -> tl.tensor:
     """Squared distances, float64 [B], in NumPy's order: eight lanes up to 128 features, the halves of 256 by themselves."""
     eight = tl.arange(0, 8)
     squared_B = tl.zeros((rows_B.shape[0],), tl.float64)
-    for part in tl.static_range(0, D, 128):
+    width: tl.constexpr = D if D < 128 else 128
+    for part in tl.static_range(0, D, width):
         lanes_B8 = tl.zeros((rows_B.shape[0], 8), tl.float64)
-        for place in range(part, min(part + 128, D), 8):
+        for place in range(part, part + width, 8):  # unrolled, its loads take all registers and more
             column = place + eight[None, :]
             features_B8 = tl.load(features_p + rows_B[:, None] * D + column, mask=certain_B[:, None], other=0.0)
             centroids_B8 = tl.load(double_p + near_B[:, None] * D + column, mask=certain_B[:, None], other=0.0)
