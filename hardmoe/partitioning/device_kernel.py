@@ -20,21 +20,27 @@ Shape letters: N rows, D feature dim, K clusters, X clusters padded to a power o
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
 
+import logging
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from hardmoe.neighbours.assignment import margin_terms
-from hardmoe.partitioning.device_tiles import GRID_BITS, DeviceCentroids
+from hardmoe.partitioning.device_tiles import GRID_BITS, DeviceCentroids, add_rows, measure
+
+logger = logging.getLogger(__name__)
 
 _DIMS = (16, 32, 64, 128, 256)
 _MOST_ELEMENTS = 8192
 _LEAST_LARGEST, _MOST_LARGEST = 2.0**-40, 2.0**20
 _LONGEST = 512.0
-_BLOCK, _BLOCKS = 64, 32
+_PROGRAM_ROWS = 2048
+_SHAPE = [64, 8]
+"""Rows of a block, warps of a program: by ptxas, 4 warps spill three times as many registers (sm_90, 128 x 32)."""
 _GROUP = 1024
 """Programs that share a table of sums: 2^21 rows of norms below 2^9, in steps of 2^-32, stay below 2^62."""
 _UNIT = 2.0**-22
@@ -63,14 +69,38 @@ class KernelPass:
     objective: torch.Tensor
 
 
-def suits(centroids: DeviceCentroids, device: torch.device) -> bool:
-    """Whether the kernel is made for these centroids, and can run here."""
+def suits(centroids: DeviceCentroids) -> bool:
+    """Whether the kernel is made for centroids of this size and magnitude."""
     num_clusters, dim = centroids.host_KD.shape
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    fits = dim in _DIMS and dim * _padded(num_clusters) <= _MOST_ELEMENTS
+    return fits and _LEAST_LARGEST <= centroids.largest <= _MOST_LARGEST
+
+
+@lru_cache
+def works(device: torch.device, num_clusters: int, dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel for this size can be compiled and run here, and measures and adds as `device_tiles` does; warns if not.
+
+    Triton needs a C compiler, and may be of a version that was not tested.
+    """
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (device.type == "cuda" or interprets) or find_spec("triton") is None:
         return False
-    if dim not in _DIMS or dim * _padded(num_clusters) > _MOST_ELEMENTS:
-        return False
-    return _LEAST_LARGEST <= centroids.largest <= _MOST_LARGEST and find_spec("triton") is not None
+    generator = torch.Generator().manual_seed(0)
+    features_ND = torch.randn((100, dim), generator=generator).to(device, dtype)
+    centroids = DeviceCentroids.of(torch.randn((num_clusters, dim), generator=generator).numpy(), device)
+    try:
+        found = Kernel(centroids).run(features_ND)
+        expected_N = measure(features_ND, centroids, found.primary_N)
+        units_XD = torch.zeros((num_clusters + 1, dim), dtype=torch.int64, device=device)
+        add_rows(features_ND, found.primary_N, units_XD, units_XD.new_zeros(num_clusters + 1))
+        same = bool(torch.equal(found.squared_N, expected_N))
+        same &= bool(torch.equal((found.high_KD << GRID_BITS) + found.low_KD, units_XD[:-1]))
+        problem = "" if same else "its bits are not the definition's"
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver may raise
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        logger.warning("k-means does without its Triton kernel on %s (%s): passes are slower", device, problem)
+    return not problem
 
 
 class Kernel:
@@ -95,7 +125,7 @@ class Kernel:
         """Over float16 or float32 features, [N, D], contiguous."""
         num_rows, device = len(features_ND), features_ND.device
         wide = features_ND.dtype == torch.float32
-        programs = -(-num_rows // (_BLOCK * _BLOCKS))
+        programs = -(-num_rows // _PROGRAM_ROWS)
         groups = -(-programs // _GROUP)
         primary_N = torch.empty(num_rows, dtype=torch.int32, device=device)
         squared_N = torch.empty(num_rows, dtype=torch.float64, device=device)
@@ -128,8 +158,8 @@ class Kernel:
 def _launch(programs: int, arguments: tuple[Any, ...], dim: int, padded: int, wide: bool) -> None:
     from hardmoe.partitioning.device_triton import pass_over_rows
 
-    sizes = {"D": dim, "X": padded, "B": _BLOCK, "BLOCKS": _BLOCKS, "GROUP": _GROUP, "WIDE": wide}
-    num_warps = 4 if dim * padded <= _MOST_ELEMENTS // 2 else 8
+    block, num_warps = _SHAPE
+    sizes = {"D": dim, "X": padded, "B": block, "BLOCKS": _PROGRAM_ROWS // block, "GROUP": _GROUP, "WIDE": wide}
     pass_over_rows[(programs,)](*arguments, **sizes, num_warps=num_warps, enable_fp_fusion=False)
 
 

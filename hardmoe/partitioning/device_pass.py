@@ -55,7 +55,7 @@ class DevicePass:
         elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS["cpu"])
         self._tile = max(1, min(_MOST_TILE_ROWS, elements // (dim + num_clusters)))
         self._longest = _ROOM / self._tile
-        self._kernel = device_kernel.Kernel(self._centroids) if device_kernel.suits(self._centroids, device) else None
+        self._kernel = device_kernel.Kernel(self._centroids) if device_kernel.suits(self._centroids) else None
         self._units_XD = torch.zeros((num_clusters + 1, dim), dtype=torch.int64, device=device)
         self._high_XD, self._low_XD = self._units_XD.clone(), self._units_XD.clone()
         self._counts_X = torch.zeros(num_clusters + 1, dtype=torch.int64, device=device)
@@ -97,7 +97,8 @@ class DevicePass:
 
     def _search_all(self, features_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first search of all rows, and the sums of those that it decides."""
-        if self._kernel is not None:
+        num_clusters, dim = self._centroids.host_KD.shape
+        if self._kernel and device_kernel.works(features_ND.device, num_clusters, dim, features_ND.dtype):
             found = self._kernel.run(features_ND)
             self._high_XD[:-1] += found.high_KD
             self._low_XD[:-1] += found.low_KD

@@ -7,7 +7,8 @@ A pass assigns every row exactly, measures its distance, and leaves the exact su
 are blobs of length 1, in float16 unless `--float32`. Printed are seconds per pass, the bytes of the features over them, and the
 ratio of that to the device's own copies (bytes read and written) or, streamed, to copies from pinned memory, both measured in
 the same run; then where a pass's time goes, and whether some of the rows come out as on the CPU, bit for bit. `--plain` does
-without the Triton kernel. Without a GPU it runs on the CPU, on few rows, to show that it runs.
+without the Triton kernel, `--tune` times it in several shapes. Without a GPU it runs on the CPU, on few rows, to show that it
+runs.
 """
 
 import argparse
@@ -45,11 +46,12 @@ def main() -> None:
     parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
     device = torch.device(options.device)
     rows = options.rows or (100_000_000 if device.type == "cuda" else 50_000)
     if options.plain:
-        device_kernel.suits = lambda centroids, device: False
+        device_kernel.suits = lambda centroids: False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {name}, torch {torch.__version__}", flush=True)
     features_ND = blobs(rows, options, device)
@@ -59,6 +61,8 @@ def main() -> None:
     centroids_KD = features_ND[: options.clusters].float().cpu().numpy()
     centroids_KD = measure(placed, centroids_KD, features_ND.nbytes, options, device)
     parts(next(iter(placed.pieces())), centroids_KD, device)
+    if options.tune:
+        tune(features_ND, centroids_KD, device)
     check(features_ND[:_CHECKED], centroids_KD, device)
 
 
@@ -127,7 +131,7 @@ def parts(piece: Piece, centroids_KD: NDArray[np.float32], device: torch.device)
     taken = timed(lambda: this_pass.take(features_CD), device)
     whole = timed(lambda: scan_pieces([piece], centroids_KD, device, min(len(centroids_KD), 64)), device)
     told = f"of {len(features_CD):,} rows in {whole:.4f} s: assigned and summed {taken:.4f} s"
-    if device_kernel.suits(centroids, device):
+    if device_kernel.suits(centroids) and device_kernel.works(device, *centroids_KD.shape, features_CD.dtype):
         kernel = device_kernel.Kernel(centroids)
         alone = timed(lambda: kernel.run(features_CD), device)
         again = int((kernel.run(features_CD).primary_N < 0).sum())
@@ -136,6 +140,22 @@ def parts(piece: Piece, centroids_KD: NDArray[np.float32], device: torch.device)
         wide_CD = features_CD[:_CHUNK].float()
         product = timed(lambda: wide_CD @ centroids.by_precision[torch.float32][0].T, device) * len(features_CD) / len(wide_CD)
     print(f"{told}; a float32 product of as many rows alone {product:.4f} s", flush=True)
+
+
+def tune(features_ND: torch.Tensor, centroids_KD: NDArray[np.float32], device: torch.device) -> None:
+    """Time the kernel with other blocks and warps, on as many rows as one piece has."""
+    from triton.runtime.errors import OutOfResources
+
+    kernel, rows_CD = device_kernel.Kernel(DeviceCentroids.of(centroids_KD, device)), features_ND[: 2**24].to(device)
+    for shape in ([16, 4], [32, 4], [32, 8], [64, 4], [64, 8], [128, 4], [128, 8], [128, 16]):
+        device_kernel._SHAPE[:] = shape
+        try:
+            seconds = timed(lambda: kernel.run(rows_CD), device)
+        except OutOfResources as error:
+            print(f"  blocks of {shape[0]}, {shape[1]} warps: {error}", flush=True)
+            continue
+        print(f"  blocks of {shape[0]}, {shape[1]} warps: {seconds:.4f} s, {rows_CD.nbytes / seconds / 1e9:.0f} GB/s", flush=True)
+    device_kernel._SHAPE[:] = [64, 8]
 
 
 def check(features_CD: torch.Tensor, centroids_KD: NDArray[np.float32], device: torch.device) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device_cases import assert_same_bits
 
 from hardmoe.partitioning import device_kernel
 from hardmoe.partitioning.device_tiles import DeviceCentroids
@@ -32,5 +33,26 @@ def test_the_kernel_interpreted_gives_the_bits_of_the_cpu():
 )
 def test_the_kernel_is_for_some_sizes_and_magnitudes_on_gpus(clusters, dim, magnitude, suits):
     centroids = DeviceCentroids.of(np.full((clusters, dim), magnitude, np.float32), torch.device("cpu"))
-    assert not device_kernel.suits(centroids, torch.device("cpu"))
-    assert device_kernel.suits(centroids, torch.device("cuda")) == (suits and find_spec("triton") is not None)
+    assert device_kernel.suits(centroids) == suits
+    assert not device_kernel.works(torch.device("cpu"), clusters, dim, torch.float16)
+
+
+@pytest.mark.parametrize("fault", ["raises", "rounds otherwise"])
+def test_a_kernel_that_does_not_work_is_done_without_and_said(fault, monkeypatch, caplog):
+    """Triton needs a C compiler at run time, which a machine with a GPU may lack."""
+
+    def run(self, features):
+        if fault == "raises":
+            raise RuntimeError("no C compiler")
+        wrong = torch.zeros(len(features), dtype=torch.float64)
+        sums = torch.zeros((3, 16), dtype=torch.int64)
+        return device_kernel.KernelPass(torch.zeros(len(features), dtype=torch.int32), wrong, sums, sums, sums, sums)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(device_kernel, "find_spec", lambda name: True)
+    monkeypatch.setattr(device_kernel.Kernel, "run", run)
+    device_kernel.works.cache_clear()
+    features = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    assert_same_bits(features, features[:3] / np.float32(2), torch.device("cpu"))
+    device_kernel.works.cache_clear()
+    assert "no C compiler" in caplog.text if fault == "raises" else "bits are not the definition's" in caplog.text
