@@ -9,7 +9,7 @@
     │   ├── MissingRecordError   no record: the artifact does not exist (yet)
     │   ├── CorruptFileError     a file is truncated, altered or unreadable
     │   ├── SchemaError          a table has other columns or types than its readers expect
-    │   ├── DriftError           built from another recipe than the one given
+    │   ├── DriftError           built from another recipe than the one given, or by other versions
     │   └── RebuiltInputError    an input was rebuilt since, so what stands on it is stale
     ├── LeaseError               another process builds this artifact and ours lost it
     ├── PreemptedError           a unit was asked to make room, and did at a checkpoint; never reaches the user
@@ -63,7 +63,7 @@ class SchemaError(ArtifactError):
 
 
 class DriftError(ArtifactError):
-    """An artifact was built from another recipe than the one given."""
+    """An artifact was built from another recipe than the one given, or the run was begun with other versions."""
 
 
 class RebuiltInputError(ArtifactError):

@@ -5,20 +5,18 @@ baseline, its refitted decoder, the random partition) are the same stages over o
 care than what it controls. Rejected: a graph declared in the recipe, which no user wants to write.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hardmoe.artifacts.names import DENSE, ROUNDS, expert_name
-from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
-from hardmoe.data.inventory import Inventory, take_inventory
-from hardmoe.data.places import read_place
-from hardmoe.data.sources.registry import open_source
 from hardmoe.data.stages import SOURCE, dataset_stage, vocabulary_stage, with_followers, with_source
 from hardmoe.decoder.stage import decoder_stage
-from hardmoe.errors import DataError, DriftError, RecipeError
+from hardmoe.distil import stage as distilling
+from hardmoe.distil.config import StudentConfig
+from hardmoe.errors import RecipeError
 from hardmoe.evaluation.config import RivalConfig
 from hardmoe.evaluation.stage import System, evaluation_stage, losses_stage, temperature_stage
 from hardmoe.experts.origin import Origin, identify_origin
@@ -30,15 +28,14 @@ from hardmoe.experts.stages import (
     match_name,
     nearest_embeddings_stage,
 )
-from hardmoe.features.files import features_inventory
 from hardmoe.features.stage import external_features_stage, features_stage
+from hardmoe.outside import features_digest, hashtags_digests, source_digest
 from hardmoe.partitioning import advice_stages
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.stages import match_stage, nearest_stage, partition_stage, router_stage
 from hardmoe.recipe import Recipe
 from hardmoe.report.stage import report_stage
 from hardmoe.stage import Stage
-from hardmoe.storage import open_storage
 from hardmoe.trunk.stage import trunk_stage
 
 DENSE_EMBEDDINGS = "baselines/dense_embeddings"
@@ -81,9 +78,9 @@ def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
         DataError: the source cannot be listed, or a file that the recipe names cannot be read.
         DriftError: the dataset was made from other files; says which.
     """
-    source = _source_digest(recipe, store)
+    source = source_digest(recipe, store)
     origin = identify_origin(recipe.experts, recipe.partition.experts, recipe.evaluation.dense_baseline, store)
-    return ExternalInputs(source, _hashtags_digests(recipe, store), _features_digest(recipe, store), origin)
+    return ExternalInputs(source, hashtags_digests(recipe, store), features_digest(recipe, store), origin)
 
 
 def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
@@ -107,6 +104,8 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
         systems[name] = _rival(recipe, stages, name, rival)
     whole = _system(recipe, mixture)
     systems |= {"experts_own_decoder": replace(whole, decoders=mixture.experts, shared=False), "mixture": whole}
+    if recipe.distil is not None:
+        systems["distilled"] = _distilled(recipe, stages, mixture, recipe.distil)
     if recipe.evaluation.top_k is not None:
         systems["mixture_topk"] = _top_k(recipe, stages, mixture, recipe.evaluation.top_k)
     if recipe.evaluation.all_experts:
@@ -232,6 +231,25 @@ def _rival(recipe: Recipe, stages: list[Stage], name: str, rival: RivalConfig) -
     return System(embeddings, "embedding", (decoder,), shared=True, networks=(network,))
 
 
+def _distilled(recipe: Recipe, stages: list[Stage], mixture: Mixture, student: StudentConfig) -> System:
+    """Add a network that learns from the mixture, its embeddings and its decoder, refitted as its control's is."""
+    if student.init == "trunk":
+        # As the dense baseline, which shows an example as often as all experts together do.
+        training = recipe.experts.training(student.epochs or recipe.experts.epochs)
+        overlapping = mixture.partition if recipe.partition.has_extra_copies else None
+        control, start = distilling.TrainedLike(training, recipe.experts.gpus, overlapping), "trunk"
+    else:
+        training = recipe.trunk.training(student.epochs or recipe.trunk.epochs + recipe.experts.epochs)
+        control, start = distilling.TrainedLike(training, recipe.trunk.gpus), distilling.NETWORK
+    taught_by = distilling.TaughtBy(mixture.embeddings, mixture.decoder, mixture.experts)
+    stages.append(distilling.distilled_stage(student, control, taught_by, recipe.seed))
+    stages.append(embeddings_stage(distilling.EMBEDDINGS, "dataset", {0: distilling.NETWORK}, partitioned=False))
+    places = (distilling.DECODER, distilling.EMBEDDINGS)
+    stages.append(decoder_stage(recipe.decoder.of_one_fit(), 1, recipe.seed, *places, start=start))
+    networks = (distilling.NETWORK,)
+    return System(distilling.EMBEDDINGS, "embedding", (distilling.DECODER,), shared=True, networks=networks, teacher="mixture")
+
+
 def _within(prefix: str) -> tuple[str, str, str]:
     """Names of a round's experts, embeddings and decoder."""
     return f"{prefix}experts", f"{prefix}embeddings", f"{prefix}decoder"
@@ -318,80 +336,3 @@ def _features(recipe: Recipe, external: ExternalInputs) -> Stage:
     if not recipe.features.path:
         return features_stage(recipe.features)
     return external_features_stage(recipe.features, external.features_sha256 or "", recipe.dataset.id_column is not None)
-
-
-def _source_digest(recipe: Recipe, store: ArtifactStore) -> str:
-    """The identity of the source's files; as a finished dataset, here or in a root to reuse, records it where they are gone."""
-    dataset = store.find("dataset")
-    try:
-        found = take_inventory(open_source(recipe.dataset).files(), store.storage)
-    except DataError:
-        elsewhere = (ArtifactStore(open_storage(root)).find("dataset") for root in recipe.reuse)
-        known = dataset or next((there for there in elsewhere if there is not None and _same_source(recipe, there)), None)
-        if known is None:
-            raise
-        return _recorded_digest(known)
-    if dataset is not None and found.digest() != _recorded_digest(dataset) and _same_source(recipe, dataset):
-        raise DriftError(_changed_files(store, dataset, found))
-    return found.digest()
-
-
-def _recorded_digest(dataset: Artifact) -> str:
-    digest: str = dataset.record.config["source"]["sha256"]
-    return digest
-
-
-def _same_source(recipe: Recipe, dataset: Artifact) -> bool:
-    """Whether only the files are others; with another source or other columns, the recipe's differences tell more."""
-    return bool(dataset.record.config["dataset"] == recipe.dataset.identity())
-
-
-def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) -> str:
-    from hardmoe.data.source_files import read_source_table
-
-    changes = found.changes_since(read_source_table(dataset))
-    return (
-        f"{store.storage.where('dataset')} was built from other files ({changes}; source.sha256: "
-        f"{_recorded_digest(dataset)[:12]}… -> {found.digest()[:12]}…); either put the files back, or give a new "
-        "'root' to build from those there are now"
-    )
-
-
-def _hashtags_digests(recipe: Recipe, store: ArtifactStore) -> dict[str, str | None]:
-    """The digests of the files of hashtags; of the finished vocabulary's own record where a file is gone.
-
-    Until the vocabulary is finished they are read as well: a contradiction in them must not come up after the ingestion.
-    """
-    vocabulary = store.find("vocabulary")
-    places = {key: getattr(recipe.hashtags, key) for key in ("aliases", "allow", "deny")}
-    contents: dict[str, bytes | None] = {}
-    recorded: dict[str, str | None] = {}
-    for key, place in places.items():
-        try:
-            what = "the aliases" if key == "aliases" else "the list"
-            contents[key] = None if place is None else read_place(place, what, f"hashtags.{key}")
-        except DataError:
-            known = None if vocabulary is None else vocabulary.record.config.get(key, {}).get("sha256")
-            if known is None:
-                raise
-            recorded[key] = known
-    if vocabulary is None and any(places.values()):
-        from hardmoe.data.aliases import parse_rules
-
-        parse_rules(contents, places)
-    digests = {key: None if content is None else hashlib.sha256(content).hexdigest() for key, content in contents.items()}
-    return {**digests, **recorded}
-
-
-def _features_digest(recipe: Recipe, store: ArtifactStore) -> str | None:
-    """The identity of features computed elsewhere; of the finished artifact's own record where the files are gone."""
-    if not recipe.features.path:
-        return None
-    try:
-        return features_inventory(recipe.features, store.storage).digest()
-    except DataError:
-        features = store.find("features")
-        if features is None or "external" not in features.record.config:
-            raise
-        recorded: str = features.record.config["external"]["sha256"]
-        return recorded

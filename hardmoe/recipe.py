@@ -8,14 +8,16 @@ language of their own, and defaults spread over several files.
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hardmoe.config import Config, operational
+from hardmoe.config import Config, added, operational
 from hardmoe.data.config import DatasetConfig, HashtagsConfig
 from hardmoe.decoder.config import DecoderConfig
+from hardmoe.distil.config import StudentConfig
 from hardmoe.errors import RecipeError
 from hardmoe.evaluation.config import EvaluationConfig
 from hardmoe.execution.config import ExecutionConfig
@@ -51,6 +53,8 @@ class Recipe(Config):
     """How alignment and shared decoder are fitted."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """What is measured, against which controls."""
+    distil: StudentConfig | None = added(None)
+    """One dense network that learns from the finished mixture, such as `{weight: 0.5}`; `{}` for its defaults, null for none."""
     seed: int = Field(0, ge=0)
     """Every random choice of the run derives from it."""
     execution: ExecutionConfig = operational(default_factory=ExecutionConfig)
@@ -108,6 +112,8 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _losses_go_together(self) -> Self:
         experts, trunk = self.experts, self.trunk
+        if self.distil is not None:
+            self.distil.check_fits(trunk, experts, {"backbone": trunk.backbone, "stem": trunk.stem}, self.decoder.loss)
         uses = {
             "start from": ("experts.init: random", experts.init == "trunk"),
             "decode with": ("experts.decoder: own", experts.decoder == "fixed"),
@@ -141,8 +147,7 @@ class Recipe(Config):
 
     def what(self) -> dict[str, Any]:
         """The identity of all sections, nested as in the file."""
-        sections = {name: getattr(self, name) for name in type(self).model_fields if name not in self.operational_fields()}
-        return {name: value.identity() if isinstance(value, Config) else value for name, value in sections.items()}
+        return self.identity()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -376,7 +381,9 @@ def _nearest(location: Sequence[str]) -> str:
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    """The section that a key is, or may be beside null."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _section(key: str) -> type[BaseModel] | None:

@@ -68,6 +68,7 @@ class KeptOpen:
 
     def __init__(self, backend: Backend) -> None:
         self.prepare, self.has_room, self.submit, self.wait = backend.prepare, backend.has_room, backend.submit, backend.wait
+        self.publish = backend.publish
 
     def close(self) -> None:
         """Leave the backend as it is."""

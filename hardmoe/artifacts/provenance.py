@@ -1,6 +1,7 @@
 """Provenance: who built an artifact, when, where, with what, and how long each unit took. Never part of any identity."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,6 +45,31 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def machine() -> str:
+    """This machine's processors, and the GPUs of this process if it has used one: `16 x Intel Xeon Platinum 8481C, NVIDIA H200`.
+
+    Nothing is loaded or started to find out.
+    """
+    told = f"{os.cpu_count() or 1} x {_processor()}"
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return told
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    counts = {name: names.count(name) for name in dict.fromkeys(names)}
+    return ", ".join([told, *(name if count == 1 else f"{count} x {name}" for name, count in counts.items())])
+
+
+@cache
+def _processor() -> str:
+    """The processor's name as Linux tells it; elsewhere its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join(names[0].split()) if names else platform.machine()
 
 
 def describe(started: str, seconds: float, units: Sequence[Mapping[str, Json]] = (), **more: Json) -> bytes:

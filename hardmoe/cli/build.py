@@ -23,11 +23,12 @@ from hardmoe.execution.plan import Plan, make_plan
 from hardmoe.execution.progress import Reporter
 from hardmoe.execution.runner import Runner, RunnerOptions
 from hardmoe.pipeline import build_stages, identify_inputs, select
+from hardmoe.planning.room import Room
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
 from hardmoe.storage import Storage, open_storage
 
-_METRIC_COLUMNS = ("precision@1", "precision@5", "recall@10", "hit@5", "map")
+METRIC_COLUMNS = ("precision@1", "precision@5", "recall@10", "hit@5", "map")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def build(
     if missing:
         check_before_building(recipe, plan)
         _keep_recipe(store.storage, recipe)
-        limits = RunnerOptions(recipe.execution.parallel, recipe.execution.attempts, recipe.reuse)
+        room = Room(recipe, store.storage, plan.artifacts)
+        accept, execution = options["accept_versions"], recipe.execution
+        limits = RunnerOptions(execution.parallel, execution.attempts, recipe.reuse, accept, room)
         display = make_display()
         reporter = Reporter(store.storage, display)
         Runner(store, partial(open_backend, recipe.execution, display.say), reporter, limits).run(plan)
@@ -151,33 +154,56 @@ def print_metrics(built: Built) -> None:
     """The metrics table, in per cent with 95 % intervals."""
     evaluation = built.artifact("evaluation")
     results = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))
-    rows: list[Sequence[str]] = [("system", *_METRIC_COLUMNS)]
+    rows: list[Sequence[str]] = [("system", *METRIC_COLUMNS)]
     for system, metrics in results["systems"].items():
-        rows.append((system, *(format_interval(metrics[name]) for name in _METRIC_COLUMNS)))
+        rows.append((system, *(format_interval(metrics[name]) for name in METRIC_COLUMNS)))
     click.echo(f"{results['num_test_examples']} test examples; per cent, with 95 % bootstrap intervals\n")
     click.echo(format_table(rows, right=range(1, len(rows[0]))))
-    difference = results["differences"].get("mixture - dense_refit", {}).get("precision@1")
-    if difference and difference["low"] is not None:
-        low, high = 100 * difference["low"], 100 * difference["high"]
-        click.echo(f"\nmixture - dense_refit, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
-    _print_costs(results["costs"])
+    _print_differences(results["differences"])
+    if results["costs"]:
+        click.echo("\n" + cost_table({(system,): cost for system, cost in results["costs"].items()}, ("system",)))
+        _print_teachers(results["costs"])
     _print_unequal_costs(built)
 
 
-def _print_costs(costs: Mapping[str, Mapping[str, int]]) -> None:
-    """What every system takes, in use and in training."""
+def _print_differences(differences: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the mixture is above the control that counts, and above what learnt from it."""
+    lines = []
+    for name in ("mixture - dense_refit", "mixture - distilled"):
+        difference = differences.get(name, {}).get("precision@1")
+        if difference and difference["low"] is not None:
+            low, high = 100 * difference["low"], 100 * difference["high"]
+            lines.append(f"{name}, precision@1: {100 * difference['value']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    if lines:
+        click.echo("\n" + "\n".join(lines))
+
+
+def cost_table(costs: Mapping[tuple[str, ...], Mapping[str, int]], names: Sequence[str]) -> str:
+    """What every system takes, in use and in training; `names` head the columns of its key."""
     from hardmoe.report.formats import format_large
 
-    rows: list[Sequence[str]] = [("system", "parameters", "of one image", "FLOP/image", "images shown", "training FLOP")]
+    rows: list[Sequence[str]] = [(*names, "parameters", "of one image", "FLOP/image", "images shown", "training FLOP")]
     for system, cost in costs.items():
         counts = (cost["parameters"], cost["active_parameters"], cost["flops"])
         told = [*map(format_large, counts), f"{cost['images_seen']:,}", format_large(cost["training_flops"])]
-        rows.append((system, *told))
+        rows.append((*system, *told))
     if any("routed_flops" in cost for cost in costs.values()):
         shares = [f"{100 * cost.get('routed_flops', 0) / cost['flops']:.1f} %" for cost in costs.values()]
         rows = [(*row, last) for row, last in zip(rows, ["routed of it", *shares], strict=True)]
-    if costs:
-        click.echo("\n" + format_table(rows, right=range(1, len(rows[0]))))
+    return format_table(rows, right=range(len(names), len(rows[0])))
+
+
+def _print_teachers(costs: Mapping[str, Mapping[str, int]]) -> None:
+    """What of a training's operations made its teacher."""
+    from hardmoe.report.formats import format_large
+
+    for system, cost in costs.items():
+        if taught := cost.get("teacher_flops"):
+            whole, own = (format_large(each) for each in (cost["training_flops"], cost["training_flops"] - taught))
+            click.echo(
+                f"\n{system}: of its {whole} training FLOP {format_large(taught)} made the mixture and its answers, "
+                f"{own} are its own"
+            )
 
 
 def _print_unequal_costs(built: Built) -> None:
@@ -231,13 +257,15 @@ def _chosen(experts: Sequence[str], only: Sequence[str]) -> list[str]:
     return [name for name in experts if name in wanted]
 
 
-def format_interval(metric: Mapping[str, Any]) -> str:
-    """A metric in per cent, with its interval where there is one."""
-    if metric["value"] is None:
+def format_interval(metric: Mapping[str, Any] | None, signed: bool = False) -> str:
+    """A metric in per cent, with its interval where there is one; `signed` is for differences."""
+    if metric is None or metric["value"] is None:
         return "-"
+    sign = "+" if signed else ""
+    value = f"{100 * metric['value']:{sign}.1f}"
     if metric["low"] is None:  # too few test examples for an interval
-        return f"{100 * metric['value']:.1f}"
-    return f"{100 * metric['value']:.1f} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
+        return value
+    return f"{value} [{100 * metric['low']:{sign}.1f}, {100 * metric['high']:{sign}.1f}]"
 
 
 def _percent(value: float | None) -> str:

@@ -98,7 +98,10 @@ def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Map
     store = ArtifactStore(out)
     plan = plan_alone(store, stage, "name another --out, or delete it")
     if plan.missing:
-        reporter, limits = Reporter(out, make_display()), RunnerOptions(options["parallel"])
+        reporter, limits = (
+            Reporter(out, make_display()),
+            RunnerOptions(options["parallel"], accept_versions=options["accept_versions"]),
+        )
         execution = ExecutionConfig(backend="ray" if on_ray else "inline", address=options["address"] or "local")
         Runner(store, partial(open_backend, execution), reporter, limits).run(plan)
     payload = plan.artifacts[stage.name].payload

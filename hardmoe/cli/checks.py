@@ -13,6 +13,7 @@ from hardmoe.cli.common import RECIPE_FILE
 from hardmoe.data.given_parts import check_parts
 from hardmoe.data.splits import check_test_examples, check_test_labels
 from hardmoe.decoder.config import DecoderConfig
+from hardmoe.distil.stage import NETWORK
 from hardmoe.errors import MissingRecordError, RebuiltInputError, RecipeError
 from hardmoe.execution.plan import Plan
 from hardmoe.pipeline import rival_network
@@ -48,6 +49,7 @@ def check_before_building(recipe: Recipe, plan: Plan) -> None:
         if width is not None:
             _check_decoder(recipe.decoder, width)
     _check_rivals(recipe, plan)
+    _check_student(recipe, plan)
     if missing & {*_NETWORKS} and recipe.experts.shared_stage is not None:
         from hardmoe.models.probe import check_branch
 
@@ -139,6 +141,22 @@ def _check_rivals(recipe: Recipe, plan: Plan) -> None:
                     _check_decoder(recipe.decoder, width)
             except RecipeError as error:
                 raise RecipeError(f"evaluation.rivals.{name}: {error}") from error
+
+
+def _check_student(recipe: Recipe, plan: Plan) -> None:
+    """Try out the network that is to learn from the mixture."""
+    student = recipe.distil
+    if student is None or student.backbone is None or NETWORK not in {stage.name for stage in plan.missing}:
+        return
+    from hardmoe.models.probe import probe_backbone
+
+    try:
+        moe = recipe.trunk.moe if student.backbone == recipe.trunk.backbone else None
+        width = probe_backbone(student.backbone, image_size=recipe.trunk.image_size, stem=student.stem, moe=moe)
+        if width is not None:
+            _check_decoder(recipe.decoder, width)
+    except RecipeError as error:
+        raise RecipeError(f"distil.backbone: {error}") from error
 
 
 def _check_start(recipe: Recipe) -> None:

@@ -13,6 +13,8 @@ from hardmoe.recipe import DEFAULT_PATH, Recipe, load_recipe, parse_recipe
 from hardmoe.storage import Storage, open_storage
 
 RECIPE_FILE = "recipe.yaml"
+DETECTION_FILE = "detection.yaml"
+"""What a run keeps in its root of the file that it was begun with."""
 _OPTION_KEYS = {
     "root": "root",
     "backend": "execution.backend",
@@ -53,6 +55,11 @@ def existing_run(options: Mapping[str, Any]) -> tuple[Storage, Recipe]:
         root = recipe_of(options).root
     storage = open_storage(root)
     if not storage.exists(RECIPE_FILE):
+        if storage.exists(DETECTION_FILE):
+            raise RecipeError(
+                f"{storage.where()} holds detectors and no mixture; look at it with status, logs, show, verify or stop, and "
+                "--root alone, or name the root of a mixture"
+            )
         raise RecipeError(
             f"no run was begun in {storage.where()}; begin one with 'hardmoe run', or name another root with --root"
         )

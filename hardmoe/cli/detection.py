@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 from pydantic import ValidationError
 
 from hardmoe.artifacts.fingerprint import differences
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import format_table, overrides_of
+from hardmoe.cli.build import format_interval
+from hardmoe.cli.common import DETECTION_FILE, format_table, overrides_of
 from hardmoe.config import Json
 from hardmoe.data.inventory import take_inventory
 from hardmoe.data.sources.registry import open_source
@@ -44,7 +46,8 @@ def run_detection(options: Mapping[str, Any], as_json: bool) -> None:
     inventory = take_inventory(open_source(config.dataset).files(), store.storage, f"{SET}/_progress/inventory.json")
     plan = _plan(store, config, inventory.digest())
     if plan.missing:
-        limits = RunnerOptions(config.execution.parallel, config.execution.attempts)
+        _keep(store.storage, config)
+        limits = RunnerOptions(config.execution.parallel, config.execution.attempts, (), options["accept_versions"])
         Runner(store, partial(open_backend, config.execution), Reporter(store.storage, make_display()), limits).run(plan)
     judged = plan.artifacts[DETECTION]
     results = json.loads(judged.storage.read_bytes(judged.path("results.json")))
@@ -98,6 +101,13 @@ def _plan(store: ArtifactStore, config: DetectionConfig, source_sha256: str) -> 
         raise DriftError(f"{store.storage.where()} holds another detection ({'; '.join(changed) or error}); {remedy}") from error
 
 
+def _keep(storage: Storage, config: DetectionConfig) -> None:
+    """Write the file beside what is built from it, by which `status` and the like know the run."""
+    body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+    if not storage.exists(DETECTION_FILE) or storage.read_bytes(DETECTION_FILE) != body:
+        storage.write_bytes(DETECTION_FILE, body)
+
+
 def _publish(storage: Storage, results: Json) -> str:
     """Write the page unless it is there already, word for word; returns where it is."""
     from hardmoe.report.detection import PAGE_PATH, render_detection
@@ -116,10 +126,12 @@ def _told(results: Json) -> dict[str, Json]:
 def _described(results: Json, page: str) -> str:
     rows = [["system", *_NAMES, "parameters", "canvases seen"]]
     for system, told in results["systems"].items():
-        cells = [_interval(told["ap"][name], False) for name in _NAMES]
+        cells = [format_interval(told["ap"][name]) for name in _NAMES]
         rows.append([system, *cells, f"{told['training']['parameters']:,}", f"{told['training']['canvases_seen']:,}"])
     pairs = [["difference", *_NAMES]]
-    pairs += [[name, *(_interval(told[each], True) for each in _NAMES)] for name, told in results["differences"].items()]
+    pairs += [
+        [name, *(format_interval(told[each], signed=True) for each in _NAMES)] for name, told in results["differences"].items()
+    ]
     taken = [["head with experts", "objects", *(f"expert {number}" for number in range(_most_experts(results)))]]
     for system, told in results["systems"].items():
         for head, facts in told["experts"].items():
@@ -140,11 +152,3 @@ def _described(results: Json, page: str) -> str:
 def _most_experts(results: Json) -> int:
     heads = [facts for told in results["systems"].values() for facts in told["experts"].values()]
     return max(len(facts["by_range"][0]) for facts in heads)
-
-
-def _interval(found: Mapping[str, Json], signed: bool) -> str:
-    if found["value"] is None:
-        return "-"
-    sign = "+" if signed else ""
-    value = f"{100 * found['value']:{sign}.1f}"
-    return value if found["low"] is None else f"{value} [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"

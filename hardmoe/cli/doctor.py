@@ -10,18 +10,16 @@ from typing import Any
 
 import click
 
-from hardmoe.artifacts.names import DENSE
+from hardmoe.artifacts.pinned_versions import read_versions
 from hardmoe.artifacts.provenance import versions
-from hardmoe.artifacts.record import PROVENANCE_NAME
 from hardmoe.cli.common import format_table, recipe_of
 from hardmoe.errors import BackendError, HardmoeError, StorageError
 from hardmoe.execution.checkup.facts import PLACE, measure
 from hardmoe.execution.checkup.findings import Finding, judge, judge_demands
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.recipe import DEFAULT_PATH, Recipe
-from hardmoe.storage import LocalStorage, Storage, join, open_storage, read_if_there
+from hardmoe.storage import LocalStorage, Storage, join, open_storage
 
-_FIRST_ARTIFACTS = ("dataset", "vocabulary", "trunk", "features", "router", "partition", DENSE)
 _IMAGE_SIZE = 224
 _HERE = "this machine"
 
@@ -111,13 +109,9 @@ def _first_absent(storage: Storage) -> Sequence[Path]:
 
 
 def _versions_of_run(storage: Storage | None) -> Mapping[str, str]:
-    """What the first artifact of the run was built with; nothing if none was, or if it cannot be read."""
-    if storage is not None:
-        with contextlib.suppress(StorageError, ValueError, KeyError):
-            for name in _FIRST_ARTIFACTS:
-                if (data := read_if_there(storage, join(name, PROVENANCE_NAME))) is not None:
-                    found: Mapping[str, str] = json.loads(data)["versions"]
-                    return found
+    """What the run was begun with; nothing if it was not, or if that cannot be read."""
+    with contextlib.suppress(HardmoeError):
+        return read_versions(storage) if storage is not None else {}
     return {}
 
 

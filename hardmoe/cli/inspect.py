@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +14,8 @@ from hardmoe.artifacts.lease import TIME_TO_LIVE_SECONDS, lease_holder
 from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.record import PROVENANCE_NAME
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import existing_run, format_table
+from hardmoe.cli.begun import begun_run
+from hardmoe.cli.common import format_table
 from hardmoe.cli.trainings import experts_line, training_notes
 from hardmoe.config import Json
 from hardmoe.errors import CorruptFileError, RecipeError, StorageError
@@ -21,10 +23,9 @@ from hardmoe.execution.progress import STATUS_SECONDS
 from hardmoe.execution.task import BuildPaths
 from hardmoe.execution.tracked import format_seconds
 from hardmoe.experts.stages import trained_on
-from hardmoe.partitioning.advice_stages import CHECKS, SWEEP
-from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.recipe import Recipe
-from hardmoe.storage import Storage, join
+from hardmoe.report.status import StatusRow, render_status
+from hardmoe.storage import LocalStorage, Storage, join
 
 _ACTIVE = ("running",)
 
@@ -42,32 +43,28 @@ class ArtifactStatus:
     seconds: float | None = None
 
 
-def show_status(options: Mapping[str, Any], as_json: bool, watch: bool) -> None:
-    """Print the status once, or again and again until nothing is running any more."""
+def show_status(options: Mapping[str, Any], as_json: bool, watch: bool, page: Path | None = None) -> None:
+    """Print the status, or write it as a page; once, or again and again until nothing is running any more."""
     quiet = 0
     while True:
-        storage, recipe = existing_run(options)
-        names = artifact_names(storage, recipe)
-        rows = [artifact_status(storage, name) for name in names]
-        if watch and not as_json:
-            click.clear()
-        click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
-        if not as_json and (line := _experts_line(storage, recipe, rows)) is not None:
-            click.echo(line)
+        run = begun_run(options)
+        rows = [artifact_status(run.storage, name) for name in run.names]
+        line = None if as_json or run.recipe is None else _experts_line(run.storage, run.recipe, rows)
         quiet = 0 if any(row.state in _ACTIVE or row.holder for row in rows) else quiet + 1
+        if page is not None:
+            _write_page(page, run.storage, rows, line, goes_on=watch and quiet < 2)
+            if quiet == 0 or not watch:
+                click.echo(f"{datetime.now().astimezone():%H:%M:%S} {page}", err=True)
+        else:
+            if watch and not as_json:
+                click.clear()
+            click.echo(json.dumps([vars(row) for row in rows], indent=1) if as_json else _status_table(rows))
+            if line is not None:
+                click.echo(line)
         # Between two stages nothing runs for a moment: only the second such look in a row is the end.
         if not watch or quiet == 2:
             return
         time.sleep(STATUS_SECONDS)
-
-
-def artifact_names(storage: Storage, recipe: Recipe) -> list[str]:
-    """The recipe's artifacts, then those of sweeps and checks that were begun in this root."""
-    names = [stage.name for stage in build_stages(recipe, ExternalInputs(""))]
-    for directory, depth in ((SWEEP, 1), (CHECKS, 2)):
-        paths = [path.split("/") for path in storage.list(directory)]
-        names += sorted({join(directory, *parts[:depth]) for parts in paths if len(parts) > depth})
-    return names
 
 
 def artifact_status(storage: Storage, name: str) -> ArtifactStatus:
@@ -88,17 +85,30 @@ def artifact_status(storage: Storage, name: str) -> ArtifactStatus:
     return ArtifactStatus(name, state, body, str(holder) if holder else None)
 
 
+def _write_page(page: Path, storage: Storage, rows: Sequence[ArtifactStatus], experts: str | None, *, goes_on: bool) -> None:
+    """The page in place of the one before; nobody ever reads half of it."""
+    every = max(1, round(STATUS_SECONDS)) if goes_on else None
+    moment = datetime.now().astimezone()
+    text = render_status([_in_words(row) for row in rows], storage.where(), moment, experts, every)
+    LocalStorage(page.absolute().parent).write_bytes(page.name, text.encode())
+
+
+def _in_words(row: ArtifactStatus) -> StatusRow:
+    body = row.progress
+    total = body.get("units_total")
+    units = f"{body['units_done']}/{total}" if total else ""
+    percent = 100 * body["fraction"] if total else None
+    running = row.state in _ACTIVE and bool(body)
+    rate = f"{body['units_per_second']:.3g}/s" if running and body["units_per_second"] else ""
+    eta = format_seconds(body["eta_seconds"]) if running and body["eta_seconds"] is not None else ""
+    share = "" if percent is None else f"{percent:.0f} %"
+    return StatusRow(row.artifact, row.state, body.get("phase", ""), units, share, rate, eta, _note(row), percent)
+
+
 def _status_table(rows: Sequence[ArtifactStatus]) -> str:
     table = [("artifact", "state", "phase", "units", "done", "rate", "ETA", "note")]
-    for row in rows:
-        body = row.progress
-        total = body.get("units_total")
-        units = f"{body['units_done']}/{total}" if total else ""
-        share = f"{100 * body['fraction']:.0f} %" if total else ""
-        running = row.state in _ACTIVE and bool(body)
-        rate = f"{body['units_per_second']:.3g}/s" if running and body["units_per_second"] else ""
-        eta = format_seconds(body["eta_seconds"]) if running and body["eta_seconds"] is not None else ""
-        table.append((row.artifact, row.state, body.get("phase", ""), units, share, rate, eta, _note(row)))
+    for row in map(_in_words, rows):
+        table.append((row.artifact, row.state, row.phase, row.units, row.share, row.rate, row.eta, row.note))
     return format_table(table, right=(3, 4, 5, 6))
 
 
@@ -153,10 +163,8 @@ def _seconds_since(moment: str) -> float:
 
 def show_logs(options: Mapping[str, Any], name: str | None, failed: bool) -> None:
     """Print the logs of an artifact's units, or list all logs, or print what failed."""
-    storage, recipe = existing_run(options)
-    names = artifact_names(storage, recipe)
-    if name is not None:
-        names = [resolve(names, name)]
+    run = begun_run(options)
+    storage, names = run.storage, run.names if name is None else [resolve(run.names, name)]
     if failed:
         _print_failures(storage, names)
         return
@@ -183,8 +191,8 @@ def _print_failures(storage: Storage, names: Sequence[str]) -> None:
 
 def show_artifact(options: Mapping[str, Any], name: str, as_json: bool) -> None:
     """Print a record: as JSON with its provenance, or for people."""
-    storage, recipe = existing_run(options)
-    names = artifact_names(storage, recipe)
+    run = begun_run(options)
+    storage, names = run.storage, run.names
     artifact = ArtifactStore(storage).get(resolve(names, name))
     provenance = _provenance(storage, artifact.name)
     if as_json:

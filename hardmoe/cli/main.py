@@ -15,7 +15,7 @@ import click
 import hardmoe
 from hardmoe.cli import use
 from hardmoe.cli.cluster import doctor, plan, submit
-from hardmoe.cli.options import building_options, recipe_options
+from hardmoe.cli.options import accept_versions_option, building_options, recipe_options
 from hardmoe.errors import HardmoeError, StoppedError
 
 _SEEDS = 3
@@ -173,8 +173,34 @@ def evaluate(counts: tuple[int, ...] | None, factors: tuple[float, ...] | None, 
 
 @cli.command()
 @building_options
-def report(**options: Any) -> None:
-    """Write one self-contained HTML page about the run."""
+def distil(**options: Any) -> None:
+    """Train one dense network on what the mixture says, and measure it beside the mixture."""
+    from hardmoe.cli.distil import show_distilled
+
+    show_distilled(options)
+
+
+@cli.command()
+@click.argument("roots", nargs=-1, metavar="[ROOT]...")
+@click.option(
+    "--compare", "is_comparison", is_flag=True, help="Put the finished runs in these roots side by side; builds nothing."
+)
+@click.option("--against", metavar="[RUN:]SYSTEM", help="With --compare: what differences are held against.  [default: mixture]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="With --compare: the page.  [default: compare.html]")
+@click.option("--json", "as_json", is_flag=True, help="With --compare: print JSON.")
+@building_options
+def report(
+    roots: tuple[str, ...], is_comparison: bool, against: str | None, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Write one self-contained HTML page about the run, or with --compare about several finished ones."""
+    if is_comparison:
+        from hardmoe.cli.compare import check_options, compare_runs
+
+        check_options(roots, options)
+        compare_runs(roots, against, out or Path("compare.html"), as_json)
+        return
+    if roots or against or out or as_json:
+        raise click.UsageError("ROOT, --against, --out and --json go with --compare")
     from hardmoe.cli.build import build, publish
 
     click.echo(publish(build(options, ["report"])))
@@ -204,6 +230,7 @@ def run(dry_run: bool, **options: Any) -> None:
 @click.option("--parallel", type=click.IntRange(min=1), help="At most so many units at a time.")
 @click.option("--backend", type=click.Choice(["ray", "inline"]), help="Override execution.backend.")
 @click.option("--address", help="Override execution.address: 'local', or a running Ray cluster's.")
+@accept_versions_option
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def sweep(study: Path, only: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> None:
     """Run the lines of STUDY, variations of one recipe, each with every seed; print one table of all."""
@@ -225,12 +252,17 @@ def detection(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until nothing is running.")
+@click.option(
+    "--html", "page", type=click.Path(path_type=Path), metavar="FILE", help="Write a page in place of printing; see --watch."
+)
 @recipe_options
-def status(as_json: bool, watch: bool, **options: Any) -> None:
+def status(as_json: bool, watch: bool, page: Path | None, **options: Any) -> None:
     """Show every artifact: state, units done, rate, ETA, failures."""
     from hardmoe.cli.inspect import show_status
 
-    show_status(options, as_json, watch)
+    if as_json and page is not None:
+        raise click.UsageError("--json prints and --html writes a page; give one of them")
+    show_status(options, as_json, watch, page)
 
 
 @cli.command()

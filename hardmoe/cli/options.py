@@ -26,12 +26,19 @@ def recipe_options(command: Command) -> Command:
     return command
 
 
+def accept_versions_option(command: Command) -> Command:
+    """The way out for whoever goes on with a run after an update."""
+    help_text = "Go on with another torch, Pillow or faiss than the run was begun with."
+    return click.option("--accept-versions", is_flag=True, help=help_text)(command)
+
+
 def building_options(command: Command) -> Command:
     """Options of every command that builds something."""
     options = [
         click.option("--parallel", type=click.IntRange(min=1), help="At most so many units at a time."),
         click.option("--backend", type=click.Choice(["ray", "inline"]), help="Override execution.backend."),
         click.option("--address", help="Override execution.address: 'local', or a running Ray cluster's."),
+        accept_versions_option,
     ]
     for option in reversed(options):
         command = option(command)

@@ -11,7 +11,7 @@ import yaml
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
 from hardmoe.errors import RecipeError
-from hardmoe.execution.tracked import format_seconds
+from hardmoe.execution.tracked import format_bytes, format_seconds
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.planning.estimate import Machines, RunPlan, plan_run
 from hardmoe.planning.rates import Rates
@@ -98,10 +98,10 @@ def _table(plan: RunPlan) -> str:
     for stage in plan.stages:
         times = [format_seconds(3600 * stage.begin_hours), format_seconds(3600 * stage.end_hours)]
         hours = [f"{stage.cpu_hours:,.2f}", f"{stage.gpu_hours:,.2f}"]
-        sizes = [_bytes(stage.read_bytes), _bytes(stage.stored_bytes), _bytes(stage.memory_bytes)]
+        sizes = [format_bytes(stage.read_bytes), format_bytes(stage.stored_bytes), format_bytes(stage.memory_bytes)]
         rows.append((stage.stage, f"{stage.units:,}", *times, *hours, *sizes, f"{stage.cost:,.2f}"))
     totals = [f"{plan.total('cpu_hours'):,.2f}", f"{plan.total('gpu_hours'):,.2f}"]
-    sizes = [_bytes(plan.total("read_bytes")), _bytes(plan.total("stored_bytes")), ""]
+    sizes = [format_bytes(plan.total("read_bytes")), format_bytes(plan.total("stored_bytes")), ""]
     rows.append(
         (
             "all",
@@ -114,11 +114,3 @@ def _table(plan: RunPlan) -> str:
         )
     )
     return format_table(rows, right=range(1, len(rows[0])))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} PB"

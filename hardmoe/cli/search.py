@@ -33,7 +33,9 @@ def make_index(options: Mapping[str, Any], vectors: str | None, kind: str | None
     request = IndexRequest(storage.uri, mixture, where, embeddings.record_digest, kind, recall)
     plan = plan_alone(store, index_stage(request, usable_cpus()), "delete it")
     if plan.missing:
-        Runner(store, InlineBackend, Reporter(home, make_display()), RunnerOptions()).run(plan)
+        Runner(
+            store, InlineBackend, Reporter(home, make_display()), RunnerOptions(accept_versions=options["accept_versions"])
+        ).run(plan)
     payload = plan.artifacts["index"].payload
     lists = f", {payload['probes']} of {payload['lists']} lists looked at" if "lists" in payload else ""
     click.echo(

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hardmoe.artifacts.lease import LEASE_NAME, Holder, lease_holder
-from hardmoe.cli.common import existing_run
+from hardmoe.cli.begun import begun_run
 from hardmoe.errors import LeaseError
 from hardmoe.execution.stopping import POLL_SECONDS, request_stop
 from hardmoe.storage import Storage
@@ -23,7 +23,7 @@ def stop_run(options: Mapping[str, Any], seconds: float) -> None:
     Raises:
         LeaseError: some were not in time; names their holders.
     """
-    storage, _ = existing_run(options)
+    storage = begun_run(options).storage
     if not (held := _held(storage)):
         # Between two stages nobody holds a lease for a moment: only the second such look in a row says that nothing runs.
         time.sleep(_LOOK_SECONDS)

@@ -7,7 +7,6 @@ of the decoder trains its experts once. A killed study goes on where it was, lik
 Shape letters: S seeds, R rows of the bootstrap (the point estimate first).
 """
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from hardmoe.artifacts.names import DENSE, is_of_the_mixture
-from hardmoe.cli.build import Built, build, print_plan
+from hardmoe.cli.build import build, format_interval, print_plan
 from hardmoe.cli.common import RECIPE_FILE, format_table
+from hardmoe.cli.finished import FinishedRun
 from hardmoe.config import Config, Json
 from hardmoe.errors import RecipeError
 from hardmoe.recipe import load_recipe
@@ -95,7 +94,7 @@ def run_study(path: Path, options: Mapping[str, Any], only: Sequence[str], dry_r
     study, runs = read_study(path)
     recipe_path = path.parent / study.recipe
     _check(path, study, runs, recipe_path, only)
-    found: dict[str, list[Built]] = {}
+    found: dict[str, list[FinishedRun]] = {}
     for number, run in enumerate(runs, 1):
         if only and run.line not in only and run.line != runs[0].line:
             continue
@@ -106,7 +105,8 @@ def run_study(path: Path, options: Mapping[str, Any], only: Sequence[str], dry_r
         if dry_run:
             print_plan(told)
         else:
-            found.setdefault(run.line, []).append(build(told, ["evaluation"]))
+            built = build(told, ["evaluation"])
+            found.setdefault(run.line, []).append(FinishedRun(built.store, built.artifact("evaluation")))
     if not dry_run:
         rows = summarise(study, found)
         click.echo(json.dumps(rows, indent=1) if as_json else _described(study, rows))
@@ -123,13 +123,13 @@ def _check(path: Path, study: StudyConfig, runs: Sequence[Run], recipe_path: Pat
             raise RecipeError(f"{path}: line '{run.line}': {error}") from error
 
 
-def summarise(study: StudyConfig, found: Mapping[str, Sequence[Built]]) -> list[dict[str, Json]]:
+def summarise(study: StudyConfig, found: Mapping[str, Sequence[FinishedRun]]) -> list[dict[str, Json]]:
     """Of every line its systems, and the differences that count, with intervals over seeds and test images."""
-    lines = {name: [_replicates(built, study.metric) for built in of_line] for name, of_line in found.items()}
+    lines = {name: [run.replicates(study.metric) for run in of_line] for name, of_line in found.items()}
     first = next(iter(lines.values()))
     rows = []
     for name, of_line in lines.items():
-        shown = [_shown(built) for built in found[name]]
+        shown = [run.images_shown() for run in found[name]]
         common = [system for system in of_line[0] if all(system in each for each in of_line)]
         systems = {system: result([each[system] for each in of_line]) for system in common}
         row: dict[str, Json] = {"line": name, "metric": study.metric, "runs": len(of_line), "systems": systems}
@@ -150,24 +150,6 @@ def result(values: Sequence[NDArray[np.float64]]) -> dict[str, Json]:
     return hierarchical_result(np.stack(values))
 
 
-def _replicates(built: Built, metric: str) -> dict[str, NDArray[np.float64]]:
-    """A metric of every system in every row of the bootstrap."""
-    evaluation = built.artifact("evaluation")
-    body = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))["replicates"]
-    if metric not in body["metrics"]:
-        raise RecipeError(f"metric: '{metric}' is none of {', '.join(body['metrics'])}; choose one of those")
-    stored = io.BytesIO(evaluation.storage.read_bytes(evaluation.path("replicates.npy")))
-    values = np.load(stored, allow_pickle=False)
-    return {system: values[index, body["metrics"].index(metric)] for index, system in enumerate(body["systems"])}
-
-
-def _shown(built: Built) -> tuple[int, int | None]:
-    """Images shown to all experts together, and to the dense baseline."""
-    artifacts = built.plan.artifacts
-    experts = sum(artifact.payload["examples_seen"] for name, artifact in artifacts.items() if is_of_the_mixture(name))
-    return experts, artifacts[DENSE].payload["examples_seen"] if DENSE in artifacts else None
-
-
 def _described(study: StudyConfig, rows: Sequence[Mapping[str, Json]]) -> str:
     systems = list(dict.fromkeys(system for row in rows for system in row["systems"]))
     differences = [f"{MIXTURE} - {CONTROL}", "mixture - first line's"]
@@ -176,20 +158,10 @@ def _described(study: StudyConfig, rows: Sequence[Mapping[str, Json]]) -> str:
     for row in rows:
         experts, dense = row["images_shown"]["experts"], row["images_shown"]["dense"]
         told = [f"{round(np.mean(experts)):,}", "-" if None in dense else f"{round(np.mean(dense)):,}"]
-        told += [_interval(row["systems"].get(system), False) for system in systems]
-        told += [_interval(row.get(name), True) for name in differences]
+        told += [format_interval(row["systems"].get(system)) for system in systems]
+        told += [format_interval(row.get(name), signed=True) for name in differences]
         table.append([row["line"], *told])
     runs = f"mean of {len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
     over = "over seeds and test images" if len(study.seeds) > 1 else "over test images alone"
     note = f"{study.metric}, per cent, {runs}; 95 % bootstrap intervals {over}; differences are paired"
     return f"{note}\n\n{format_table(table, right=range(1, len(header)))}"
-
-
-def _interval(found: Mapping[str, Json] | None, signed: bool) -> str:
-    if found is None or found["value"] is None:
-        return "-"
-    sign = "+" if signed else ""
-    value = f"{100 * found['value']:{sign}.1f}"
-    if found["low"] is None:
-        return value
-    return f"{value} [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"

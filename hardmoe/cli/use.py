@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hardmoe.cli.options import recipe_options
+from hardmoe.cli.options import accept_versions_option, recipe_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -36,6 +36,7 @@ def bulk_options(command: Command) -> Command:
         click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="What experts may take in each process."),
         click.option("--parallel", type=click.IntRange(min=1), help="Start Ray; at most so many shards at a time."),
         click.option("--address", help="Join this Ray cluster."),
+        accept_versions_option,
     ]
     for option in reversed(options):
         command = option(command)
@@ -76,6 +77,7 @@ _VECTORS = click.option("--vectors", metavar="DIR", help="What 'hardmoe embed --
     show_default=True,
     help="Share of the ten nearest that is to be found.",
 )
+@accept_versions_option
 @recipe_options
 def index(vectors: str | None, kind: str | None, recall: float, **options: Any) -> None:
     """Index the unified space for 'hardmoe search'; print the recall against exact search."""

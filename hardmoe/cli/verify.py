@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from hardmoe.artifacts.store import Artifact, ArtifactStore
-from hardmoe.cli.common import existing_run, recipe_of
-from hardmoe.cli.inspect import artifact_names, resolve
+from hardmoe.cli.begun import BegunRun, begun_run
+from hardmoe.cli.common import recipe_of
+from hardmoe.cli.inspect import resolve
 from hardmoe.data.config import DatasetConfig
 from hardmoe.errors import ArtifactError, CorruptFileError, DataError
 from hardmoe.execution.display import LOG_SECONDS
-from hardmoe.recipe import Recipe
 
 
 def verify_artifacts(options: Mapping[str, Any], names: Sequence[str], with_images: bool) -> None:
@@ -24,10 +24,9 @@ def verify_artifacts(options: Mapping[str, Any], names: Sequence[str], with_imag
         CorruptFileError: some artifacts are damaged.
         DataError: only images of the source are.
     """
-    storage, recipe = existing_run(options)
-    known = artifact_names(storage, recipe)
-    store = ArtifactStore(storage)
-    config = _where_images_are(options, recipe)
+    run = begun_run(options)
+    known, store = run.names, ArtifactStore(run.storage)
+    config = _where_images_are(options, run)
     damaged = bad_images = 0
     for name in [resolve(known, name) for name in names] or known:
         sentence, artifact = _verified(store, name)
@@ -52,10 +51,10 @@ def verify_artifacts(options: Mapping[str, Any], names: Sequence[str], with_imag
 _NOT_LOOKED_AT = "its images, which are in the source, were not looked at (--images reads them)"
 
 
-def _where_images_are(options: Mapping[str, Any], recipe: Recipe) -> DatasetConfig:
+def _where_images_are(options: Mapping[str, Any], run: BegunRun) -> DatasetConfig:
     """The source as the recipe in hand has it, since it may have moved; else as the run has it."""
     is_given = options["root"] is None or options["recipe_path"] is not None
-    return recipe_of(options).dataset if is_given else recipe.dataset
+    return recipe_of(options).dataset if is_given else run.config.dataset
 
 
 def _verified(store: ArtifactStore, name: str) -> tuple[str, Artifact | None]:

@@ -16,6 +16,8 @@ from hardmoe.config import Config, added, operational
 
 _WITHOUT_COLUMNS = ("icons", "iconify", "yfcc100m")
 _WITHOUT_TABLE = ("parquet", "webdataset", "huggingface", *_WITHOUT_COLUMNS)
+AUTO_COPY_BYTES = 64 * 2**30
+"""Of source files; larger collections are referred to where `dataset.store` is `auto`."""
 PILLOW_MAX_PIXELS = 178_956_970
 """Images with more pixels are refused by Pillow itself, whatever the recipe says."""
 

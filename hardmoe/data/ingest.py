@@ -18,7 +18,7 @@ import json
 from collections.abc import Generator, Sequence
 
 from hardmoe.config import Json
-from hardmoe.data.config import DatasetConfig
+from hardmoe.data.config import AUTO_COPY_BYTES, DatasetConfig
 from hardmoe.data.given_parts import check_parts, collect_parts, numbers_by_value
 from hardmoe.data.ingest_findings import check_ingested, dataset_summary
 from hardmoe.data.ingest_shard import ingest_shard
@@ -35,7 +35,6 @@ from hardmoe.errors import DataError
 from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
 
 _MOST_BUCKETS = 1024
-_AUTO_COPY_BYTES = 64 * 2**30
 _SHARD_BYTES = 256 * 2**20
 """A shard of copies holds about so many bytes of images at most, whatever `shard_rows` says: a unit holds it in memory."""
 _IDS_PER_CHECK = 1 << 22
@@ -108,7 +107,7 @@ def _store(config: DatasetConfig, source: Source, inventory: Inventory) -> str:
     size = sum(size for size, _ in inventory.files.values())
     # Nothing in a compressed archive has a place of its own.
     is_compressed = any(name.endswith((".gz", ".tgz")) for name in inventory.files)
-    return "reference" if size > _AUTO_COPY_BYTES and not is_compressed else "copy"
+    return "reference" if size > AUTO_COPY_BYTES and not is_compressed else "copy"
 
 
 def _ingest_phase(config: DatasetConfig, source: Source, store: str) -> Phase:

@@ -76,6 +76,12 @@ def take_inventory(
     return Inventory({file.name: (file.size, known[_key(file)]) for file in files})
 
 
+def known_bytes(storage: Storage) -> int | None:
+    """The size of the dataset's source as the digests remembered in the root tell it; None where they do not."""
+    sizes = [key.rsplit("|", 2)[1] for key in _load_cache(storage, CACHE_PATH) if key.count("|") >= 2]
+    return sum(map(int, sizes)) if sizes and all(map(str.isdigit, sizes)) else None
+
+
 def _listed(names: Iterable[str]) -> str:
     chosen = sorted(names)
     more = len(chosen) - _NAMED

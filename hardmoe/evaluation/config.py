@@ -14,6 +14,7 @@ SYSTEMS = (
     "dense_refit",
     "experts_own_decoder",
     "mixture",
+    "distilled",
     "mixture_topk",
     "best_single_expert",
     "oracle_expert",

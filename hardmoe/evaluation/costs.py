@@ -4,13 +4,15 @@ An image in use passes the gate, where there is one, then `passes` of the system
 three forward passes, one forward and two for the gradients of activations and weights (Kaplan et al. 2020, arXiv 2001.08361,
 section 2.1); of stages that are held as the trunk has them only the forward pass. A network that another one starts from is
 part of what that one costs, and so are one pass of the gate over the training images, for the partition, one of the networks
-over theirs, for the decoder, and the decoder's own steps. Left out are augmentation, k-means and optimisers: all below 1 %.
+over theirs, for the decoder, and the decoder's own steps. So is what a network learns from: a teacher's answers, one for every
+image shown, and where the teacher is a whole mixture, all that the mixture itself cost; `teacher_flops` says how much of the sum
+that is. Left out are augmentation, k-means and optimisers: all below 1 %.
 
 Shape letters: E features of a network, Z unified dims, V tags, K experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hardmoe.config import Json
 from hardmoe.models.flops import BackboneSize, measure_backbone
@@ -29,11 +31,13 @@ class Cost:
     flops: int
     """Operations of one image in use."""
     images_seen: int
-    """Images shown while its networks were trained, and those that they started from."""
+    """Images shown while its networks were trained, and those that they started from or learnt from."""
     training_flops: int
     """Operations of that training, and of what followed it; see the module."""
     routed_flops: int = 0
     """Of `flops`, those of experts within layers of its networks."""
+    teacher_flops: int = 0
+    """Of `training_flops`, those of the system that it learnt from, and of that one's answers."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,22 @@ class TrainedNetwork:
     size: BackboneSize
     decoder_parameters: int
     images_seen: int
+    teacher_flops: int = 0
+    """Operations of a teacher's answers about those images."""
 
     @classmethod
     def of(cls, network: InputArtifact, branch_at: str | None = None) -> "TrainedNetwork":
         """From an artifact's record."""
         seen, payload = architecture_of(network), network.payload
         size = measure_backbone(seen.backbone, image_size=seen.image_size, stem=seen.stem, branch_at=branch_at, moe=seen.moe)
-        return cls(size, (payload["num_features"] + 1) * seen.num_tags, payload["examples_seen"])
+        decoder_parameters = (payload["num_features"] + 1) * seen.num_tags
+        return cls(size, decoder_parameters, payload["examples_seen"], payload.get("teacher_flops", 0))
 
     @property
     def training_flops(self) -> int:
         """See the module."""
         moved = self.size.flops - self.size.spared_flops - self.size.shared_flops + 2 * self.decoder_parameters
-        return self.images_seen * (3 * moved + self.size.shared_flops)
+        return self.images_seen * (3 * moved + self.size.shared_flops) + self.teacher_flops
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,12 @@ class SharedLayer:
 
 
 def cost_of(context: Context, system: str) -> Json:
-    """The cost of one system of the evaluation stage, as plain JSON."""
+    """The cost of one system of the evaluation stage, as plain JSON, without what it has none of."""
+    cost = asdict(_cost_of(context, system))
+    return {name: value for name, value in cost.items() if value or name not in ("routed_flops", "teacher_flops")}
+
+
+def _cost_of(context: Context, system: str) -> Cost:
     told = context.stage.config["systems"][system]
 
     def artifacts(role: str, count: int) -> list[InputArtifact]:
@@ -93,8 +105,26 @@ def cost_of(context: Context, system: str) -> Json:
     gate = TrainedNetwork.of(context.input(f"{system}:gate")) if told.get("gate") else None
     layer = SharedLayer.of(context.input(f"{system}:decoder-0000")) if told["shared"] else None
     images: int = context.input("vocabulary").payload["labelled"]["train"]
-    cost = asdict(total_cost(networks, starts, gate, layer, told["passes"], images))
-    return cost if cost["routed_flops"] else {name: value for name, value in cost.items() if name != "routed_flops"}
+    cost = total_cost(networks, starts, gate, layer, told["passes"], images)
+    if "teacher" not in told:
+        return cost
+    return with_teacher(cost, _cost_of(context, told["teacher"]), sum(network.teacher_flops for network in networks))
+
+
+def with_teacher(cost: Cost, teacher: Cost, answers: int) -> Cost:
+    """The cost of a system with all that its teacher cost.
+
+    Args:
+        cost: of its own networks, the teacher's `answers` among them.
+        teacher: of the system that they learnt from; whatever they start from is a part of it.
+        answers: operations of what it said.
+    """
+    return replace(
+        cost,
+        images_seen=cost.images_seen + teacher.images_seen,
+        training_flops=cost.training_flops + teacher.training_flops,
+        teacher_flops=teacher.training_flops + answers,
+    )
 
 
 def total_cost(

@@ -36,6 +36,8 @@ class System:
     smallest loss on that split, or `labels`, the best for each image. They say what routing is worth, and have no cost."""
     losses: str | None = None
     """Artifact with every expert's loss on the validation split, for `validation`."""
+    teacher: str | None = None
+    """Name of another system that its network learnt from, and whose training is therefore a part of its own."""
 
 
 def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System]) -> Stage:
@@ -60,6 +62,8 @@ def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System]) ->
             described[name]["topk"] = True
         if system.chosen_by is not None:
             described[name] |= {"topk": True, "chosen_by": system.chosen_by}
+        if system.teacher is not None:
+            described[name]["teacher"] = system.teacher
         if system.losses is not None:
             inputs[f"{name}:losses"] = system.losses
     return Stage(

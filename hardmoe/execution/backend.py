@@ -1,8 +1,9 @@
-"""The seam between the durable workflow and whatever runs units: five methods, nothing about stages or files."""
+"""The seam between the durable workflow and whatever runs units: six methods, nothing about stages or files."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+from hardmoe.execution.measures import Measure
 from hardmoe.execution.task import UnitOutcome, UnitTask
 from hardmoe.stage import Resources
 
@@ -38,6 +39,10 @@ class Backend(Protocol):
 
         A backend without workers runs a unit here, however long it takes, and calls `meanwhile` now and then.
         """
+        ...
+
+    def publish(self, measures: Mapping[Measure, float]) -> None:
+        """Tell a monitoring system, if there is one; called every few seconds once units may be submitted."""
         ...
 
     def close(self) -> None:

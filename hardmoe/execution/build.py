@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from hardmoe.artifacts.fingerprint import digest
 from hardmoe.artifacts.lease import Lease
-from hardmoe.artifacts.provenance import describe, now
+from hardmoe.artifacts.pinned_versions import decisive
+from hardmoe.artifacts.provenance import describe, now, versions
 from hardmoe.artifacts.record import PROVENANCE_NAME, RECORD_NAME, Record
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.errors import CorruptFileError
@@ -162,9 +163,16 @@ class Build:
                 self._storage.delete_tree(join(self.stage.name, path))
 
     def _provenance(self, stored: list[StoredCompletion]) -> bytes:
-        units = [{"unit": item.completion.unit, "seconds": item.seconds, "host": item.host} for item in stored]
+        here = decisive(versions())
+        units = [
+            {"unit": item.completion.unit, "seconds": item.seconds, "host": item.host}
+            | ({} if item.versions == here else {"versions": dict(item.versions)})
+            | ({"said": dict(item.said)} if item.said else {})
+            for item in stored[:_PROVENANCE_UNITS]
+        ]
+        machines = {item.host: item.machine for item in stored if item.machine}
         started, clock = self._started
-        return describe(started, time.monotonic() - clock, units[:_PROVENANCE_UNITS], num_units=len(units))
+        return describe(started, time.monotonic() - clock, units, num_units=len(stored), machines=machines)
 
 
 def sweep_builds(storage: Storage, artifact: str) -> None:

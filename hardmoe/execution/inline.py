@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from hardmoe.execution.measures import Measure
 from hardmoe.execution.task import UnitOutcome, UnitTask
 from hardmoe.execution.worker import execute_unit
 from hardmoe.stage import Resources
@@ -33,6 +34,9 @@ class InlineBackend:
         task = self._tasks.popleft()
         wants_gpu = task.stage.resources.num_gpus is None or task.stage.resources.num_gpus > 0
         return [execute_unit(replace(task, use_gpu=wants_gpu and _gpu_available()), meanwhile)]
+
+    def publish(self, measures: Mapping[Measure, float]) -> None:
+        """Nobody looks."""
 
     def close(self) -> None:
         """Nothing to stop."""

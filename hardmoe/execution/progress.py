@@ -6,15 +6,17 @@ takes a request per unit on an object store.
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 
 from hardmoe.config import Json
 from hardmoe.errors import StorageError
 from hardmoe.execution.build import Build
 from hardmoe.execution.display import Display
+from hardmoe.execution.measures import Measures
 from hardmoe.execution.task import BuildPaths, UnitTask
 from hardmoe.execution.tracked import Tracked, format_seconds
+from hardmoe.stage import Completion
 from hardmoe.storage import Storage
 
 STATUS_SECONDS = 2.0
@@ -30,6 +32,8 @@ class Reporter:
         self._earlier: dict[str, Json] = {}
         self._untold: list[str] = []
         self._next_tick = 0.0
+        self.measures = Measures()
+        """What a monitoring system is told."""
 
     def __enter__(self) -> "Reporter":
         return self
@@ -51,9 +55,13 @@ class Reporter:
         self._earlier[_live_path(task)] = self._live(task)
         tries = self._tracked[task.stage.name].tries
         tries[task.unit.name] = tries.get(task.unit.name, 0) + 1
+        if tries[task.unit.name] > 1:
+            self.measures.count("hardmoe_units_again_total", task.stage.name)
 
-    def unit_done(self, task: UnitTask) -> None:
+    def unit_done(self, task: UnitTask, completion: Completion) -> None:
         """A unit is complete."""
+        self.measures.count("hardmoe_units_done_total", task.stage.name)
+        self.measures.count("hardmoe_bytes_stored_total", task.stage.name, sum(entry.size for entry in completion.files))
         self._tracked[task.stage.name].live.pop(task.unit.name, None)
         self._earlier.pop(_live_path(task), None)
 
@@ -73,6 +81,7 @@ class Reporter:
         """A unit, or the driver's part, failed for good."""
         tracked = self._tracked.setdefault(name, Tracked())
         tracked.state = "failed"
+        self.measures.count("hardmoe_units_failed_total", name)
         tracked.failures.append({"unit": label, "error": sentence})
         self._untold.append(f"{label}: FAILED: {sentence}")
         self._save(name, tracked)
@@ -91,10 +100,10 @@ class Reporter:
             tracked.live = {}
             self._save(name, tracked)
 
-    def tick(self, builds: Mapping[str, Build], in_flight: Iterable[UnitTask]) -> None:
-        """Look at the running units and show everything, every two seconds at most."""
+    def tick(self, builds: Mapping[str, Build], in_flight: Collection[UnitTask]) -> bool:
+        """Look at the running units and show everything, every two seconds at most; whether it was time."""
         if time.monotonic() < self._next_tick:
-            return
+            return False
         self._next_tick = time.monotonic() + STATUS_SECONDS
         for build in builds.values():
             self._follow(build)
@@ -104,7 +113,10 @@ class Reporter:
                 self._tracked[task.stage.name].hear(task.unit.name, body)
         for name in builds:
             self._save(name, self._tracked[name])
+        said = ((task.stage.name, self._tracked[task.stage.name].live.get(task.unit.name)) for task in in_flight)
+        self.measures.look(said)
         self._display.update(self._tracked)
+        return True
 
     def last_checkpoint(self, task: UnitTask) -> str:
         """What a unit last said of its checkpoints, to see whether a lost one had got any further."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hardmoe.artifacts.lease import Holder, Lease, LeaseObserver
-from hardmoe.artifacts.provenance import describe, now
+from hardmoe.artifacts.pinned_versions import pin_versions
+from hardmoe.artifacts.provenance import describe, now, versions
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.errors import HardmoeError, StoppedError, UnitsFailedError
 from hardmoe.execution.backend import Backend
@@ -44,6 +45,10 @@ class RunnerOptions:
     parallel: int | None = None
     attempts: int = 3
     reuse: Sequence[str] = ()
+    accept_versions: bool = False
+    """Go on with packages of other versions than those that the run was begun with, here and on the workers."""
+    before: Callable[[Stage], None] | None = None
+    """Looks at every stage that is about to be begun; raises if it must not be."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,11 @@ class Runner:
         Raises:
             UnitsFailedError: some units failed for good; the rest was built.
             StoppedError: `hardmoe stop` asked for it; what ran has come to its end or to a checkpoint.
-            HardmoeError: the driver's part of a stage failed (bad data, a full disk, a lost lease).
+            DriftError: the run was begun with other versions of what its bytes depend on.
+        HardmoeError: the driver's part of a stage failed (bad data, a full disk, a lost lease).
         """
+        if (others := pin_versions(self._store.storage, accept=self._options.accept_versions)) is not None:
+            self._reporter.say(f"going on with other versions than the run was begun with ({others})")
         self._plan = plan
         self._frontier = Frontier(plan.stages, plan.artifacts)
         self._queue = WorkQueue(plan.heights())
@@ -156,6 +164,8 @@ class Runner:
                 self._have(stage, found)
                 return
             build = Build(self._store, stage, self._plan.fingerprints[stage.name], self._inputs(stage), lease)
+            if self._options.before is not None:
+                self._options.before(stage)
             tasks = build.start()
             self._frontier.begin(stage)
             if tasks and not keep:
@@ -189,7 +199,8 @@ class Runner:
             self._in_flight[_key(item)] = item
             self._running[item.stage.resources] += 1
             self._reporter.submitted(item)
-            self._backend.submit(replace(item, stop_request=self._requests.known))
+            wanted = {} if self._options.accept_versions else versions()
+            self._backend.submit(replace(item, stop_request=self._requests.known, versions=wanted))
 
     def _has_room(self, demand: Resources) -> bool:
         assert self._backend is not None
@@ -220,7 +231,7 @@ class Runner:
             self._guarded(name, partial(self._complete, self._builds[name], task, outcome.completion))
 
     def _complete(self, build: Build, task: UnitTask, completion: Completion) -> None:
-        self._reporter.unit_done(task)
+        self._reporter.unit_done(task, completion)
         self._enqueue(build.complete(completion))
         self._reporter.advanced(build)
 
@@ -305,7 +316,9 @@ class Runner:
         return {role: self._plan.artifacts[name] for role, name in stage.inputs.items()}
 
     def _tick(self) -> None:
-        self._reporter.tick(self._builds, self._in_flight.values())
+        looked = self._reporter.tick(self._builds, self._in_flight.values())
+        if looked and self._backend is not None:
+            self._backend.publish(self._reporter.measures.values())
 
     def _summary(self) -> HardmoeError:
         if len(self._failures) == 1 and self._failures[0].error is not None:

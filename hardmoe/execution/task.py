@@ -17,7 +17,7 @@ still replace a file after another attempt's file was vouched for.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from hardmoe.artifacts.lease import LEASE_NAME
 from hardmoe.config import Json
@@ -85,6 +85,8 @@ class UnitTask:
     """Whether the unit is to do in a process of its own what may have killed its workers."""
     stop_request: str = ""
     """The newest `hardmoe stop` that came before the unit's driver, which is none of this unit's; filled in by the runner."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """The driver's, which the worker must have; empty where others are accepted. Filled in by the runner."""
 
     @property
     def paths(self) -> BuildPaths:
@@ -122,6 +124,11 @@ class StoredCompletion:
     """Path within the artifact -> storage path of the attempt's file."""
     seconds: float
     host: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the packages on which the unit's bytes depend."""
+    machine: str = ""
+    said: Mapping[str, Json] = field(default_factory=dict)
+    """What the unit last said of itself: a training its speed."""
 
     def to_bytes(self) -> bytes:
         """The content of the completion's file.
@@ -143,7 +150,8 @@ def parse_completion(data: bytes, where: str) -> StoredCompletion:
         inner = body["completion"]
         files = [FileEntry(**entry) for entry in inner["files"]]
         completion = Completion(unit=inner["unit"], payload=inner["payload"], files=files, scratch=inner["scratch"])
-        return StoredCompletion(completion, body["staged"], body["seconds"], body["host"])
+        facts = (body["seconds"], body["host"], body["versions"], body["machine"], body["said"])
+        return StoredCompletion(completion, body["staged"], *facts)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{where} is not a unit's completion; delete it and run again, which redoes that unit") from error
 

@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hardmoe.artifacts.provenance import now
+from hardmoe.artifacts.pinned_versions import OPTION, decisive, differing
+from hardmoe.artifacts.provenance import machine, now, versions
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
 from hardmoe.errors import HardmoeError, PreemptedError, StorageError, WorkerLostError
@@ -109,7 +110,8 @@ class RunningUnit(StageContext):
         """
         path = self.task.paths.done(self.phase, self.unit.name)
         completion = Completion(self.unit.name, payload, sorted(self._files, key=lambda entry: entry.path), self._scratch)
-        data = StoredCompletion(completion, self._staged, round(seconds, 3), self._host).to_bytes()
+        facts = (round(seconds, 3), self._host, decisive(versions()), machine(), self._said.get("values", {}))
+        data = StoredCompletion(completion, self._staged, *facts).to_bytes()
         if self.storage.create(path, data):
             return parse_completion(data, path).completion
         return load_completion(self.storage, path).completion
@@ -126,6 +128,9 @@ def execute_unit(
         leaving: says why this machine is about to go, None if it is not.
     """
     try:
+        if others := differing(task.versions, versions()):
+            there = f"{socket.gethostname()} has other versions than the driver ({others})"
+            return _failed(task, f"{there}; install the driver's there, or go on with {OPTION}")
         storage = open_storage(task.root)
         stop = UnitStop(StopRequests(storage, task.stop_request), leaving)
         with stop.heeding(), _unit_log(storage, task):

@@ -8,9 +8,9 @@ from hardmoe.experts.config import ExpertsConfig
 from hardmoe.experts.stages import EXTRA_COPIES, ROUND, trained_on
 from hardmoe.experts.start import expert_architecture, start_of
 from hardmoe.hashing import derive_seed
-from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext
-from hardmoe.training.distillation import Teacher
-from hardmoe.training.network import NetworkJob, architecture_of, load_network, train_network
+from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
+from hardmoe.training.distillation import NetworkTeacher
+from hardmoe.training.network import NetworkJob, architecture_of, flops_of, load_network, train_network
 
 
 class ExpertWork:
@@ -42,11 +42,18 @@ class ExpertWork:
             # The dense baseline is seeded like expert 0, so that a mixture of one is the dense baseline to the bit.
             seed=derive_seed(context.stage.config["seed"], "expert", context.stage.config["expert"] or 0, *order),
             start=start_of(context, config, architecture),
-            teacher=Teacher(load_network(trunk), config.distill) if config.distill.weight else None,
+            teacher=_teacher(trunk, config) if config.distill.weight else None,
             as_often_as_in=context.input(EXTRA_COPIES) if EXTRA_COPIES in context.stage.inputs else None,
             num_samples=_num_samples(context, config),
         )
         return train_network(context, job, "expert.json")
+
+
+def _teacher(trunk: InputArtifact, config: ExpertsConfig) -> NetworkTeacher:
+    network = load_network(trunk)
+    # Two operations for each weight of a linear layer.
+    decoding = 2 * sum(parameter.numel() for parameter in network.decoder.parameters())
+    return NetworkTeacher(network, config.distill, flops_of(trunk) + decoding)
 
 
 def _num_samples(context: UnitContext, config: ExpertsConfig) -> int | None:

@@ -98,11 +98,14 @@ def _flops(module: nn.Module, images_B3HW: Tensor) -> int:
 
 
 def _routed_flops(backbone: Backbone, image_13HW: Tensor) -> dict[MoeLayer, int]:
-    """Of one image, in the experts of each layer."""
+    """Of one image, in the experts of each layer; one that is alone is every item's, so nothing is routed there."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone(image_13HW)
     counts = counter.get_flop_counts()
-    return {layer: sum(counts[f"{type(backbone).__name__}.{name}.experts"].values()) for name, layer in moe_layers(backbone)}
+    return {
+        layer: sum(counts[f"{type(backbone).__name__}.{name}.experts"].values()) if layer.num_experts > 1 else 0
+        for name, layer in moe_layers(backbone)
+    }
 
 
 def _inactive(layer: MoeLayer) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hardmoe.artifacts.names import expert_name
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.planning.rates import Rates
 from hardmoe.planning.simulation import PhaseWork, Simulation
@@ -115,9 +116,11 @@ def _phases(stage: Stage, recipe: Recipe, shape: Shape, rates: Rates, on: tuple[
 def _seconds_per_row(stage: Stage, rates: Rates, network: Network, has_gpus: bool) -> float:
     """Without a measurement: the slower of decoding and the network, or what tables take."""
     kind, cores = stage.kind, stage.resources.num_cpus
-    if kind in ("trunk", "expert", "features", "embeddings", "nearest-embeddings"):
+    if kind in ("trunk", "expert", "distilled", "features", "embeddings", "nearest-embeddings"):
         speed = rates.gpu_tflops * 1e12 if has_gpus else rates.cpu_gflops * 1e9 * cores
-        passes = _BACKWARD if kind in ("trunk", "expert") else 1.0
+        passes = _BACKWARD if kind in ("trunk", "expert", "distilled") else 1.0
+        if kind == "distilled" and expert_name(0) in stage.inputs:
+            passes += 1.0  # of the expert that it learns from
         decoding = 1.0 / (rates.decode * cores)
         # Beside a GPU images are decoded while it computes; on a CPU the same cores do both.
         return max(decoding, passes * network.flops / speed) if has_gpus else decoding + passes * network.flops / speed

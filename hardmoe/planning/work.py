@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hardmoe.artifacts.names import DENSE
+from hardmoe.data.config import AUTO_COPY_BYTES
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
 
@@ -68,6 +69,8 @@ def rows_of(stage: Stage, recipe: Recipe, shape: Shape) -> float:
     if kind == "expert":
         share = shape.train if stage.name == DENSE else shape.train / shape.experts
         return share * recipe.experts.epochs
+    if kind == "distilled":
+        return float(shape.train * stage.config["training"]["epochs"])
     if kind == "router":
         return float(shape.train * shape.clusters)
     if kind == "decoder":
@@ -124,14 +127,14 @@ def volume_of(stage: Stage, recipe: Recipe, shape: Shape, network: Network, imag
     features = images * (network.features * _HALF + _ROW_BYTES)
     weights = network.parameters * _FLOAT
     shard = shape.shard_rows * (image_bytes + _ROW_BYTES)
-    copied = recipe.dataset.store == "copy" or (recipe.dataset.store == "auto" and images * image_bytes <= 64 * 2**30)
+    copied = recipe.dataset.store == "copy" or (recipe.dataset.store == "auto" and images * image_bytes <= AUTO_COPY_BYTES)
     size, batch = recipe.trunk.image_size, recipe.experts.batch_size
     activations = batch * (3 * size * size + 60.0 * network.flops / 1e9 * 1e5) * _FLOAT
     if kind == "dataset":
         return Volume(pixels * (2 if copied else 1), pixels if copied else images * 2.0 * _ROW_BYTES, _PROCESS_BYTES + shard)
     if kind == "vocabulary":
         return Volume(2.0 * images * _ROW_BYTES, float(images * _ROW_BYTES), _PROCESS_BYTES)
-    if kind in ("trunk", "expert"):
+    if kind in ("trunk", "expert", "distilled"):
         share = rows_of(stage, recipe, shape) * (image_bytes + _ROW_BYTES)
         return Volume(share, weights * (1 + _COPIES * _KEPT_CHECKPOINTS), _PROCESS_BYTES + _COPIES * weights + activations)
     if kind == "features":

@@ -292,12 +292,16 @@ def interval_chart(captions: Captions, rows: Sequence[Interval], zero: bool = Fa
     return _svg(captions, bottom + 42, pieces, f"{captions.note} {values}.".strip())
 
 
-def profile_chart(captions: Captions, profiles: Sequence[Profile]) -> Markup:
-    """Values over numbers on a logarithmic axis, joined by lines, each with its range as a stroke; the other axis has zero."""
+def profile_chart(captions: Captions, profiles: Sequence[Profile], joined: bool = True) -> Markup:
+    """Values over numbers on a logarithmic axis, each with its range as a stroke.
+
+    Joined by lines where the numbers are steps of one thing, and then the other axis has zero; else points of their own.
+    """
     left, right, top, bottom = 46.0, WIDTH - 14.0, 26.0, 196.0
     numbers = sorted({number for profile in profiles for number, _ in profile.points})
     bounds = [bound for profile in profiles for _, point in profile.points for bound in (point.low, point.high)]
-    ticks = nice_ticks(min([0.0, *bounds]), max([0.0, *bounds]), 4)
+    start = [0.0] if joined else []
+    ticks = nice_ticks(min([*start, *bounds]), max([*start, *bounds]), 4)
     y = Scale(ticks[0], ticks[-1], bottom, top)
     margin = 0.06 * math.log(numbers[-1] / numbers[0]) or 1.0
     x = Scale(math.log(numbers[0]) - margin, math.log(numbers[-1]) + margin, left, right)
@@ -314,7 +318,8 @@ def profile_chart(captions: Captions, profiles: Sequence[Profile]) -> Markup:
         places = [(x(math.log(number)), point) for number, point in profile.points]
         drawn = " ".join(f"{at:.1f},{y(point.value):.1f}" for at, point in places)
         line = Markup('<polyline points="{}" class="line thin {}"><title>{}</title></polyline>')
-        pieces.append(line.format(drawn, css, profile.name))
+        if joined:
+            pieces.append(line.format(drawn, css, profile.name))
         for at, point in places:
             pieces.append(_line(at, y(point.low), at, y(point.high), f"interval {css}"))
             dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3.2" class="dot {}"><title>{}: {}</title></circle>')

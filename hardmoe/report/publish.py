@@ -5,7 +5,7 @@ The page shows times and hosts, so no record vouches for it; it is written anew 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from hardmoe.artifacts.record import PROVENANCE_NAME
@@ -41,15 +41,19 @@ def _provenance(storage: Storage, report: Artifact, artifacts: Sequence[Artifact
         "versions": own["versions"],
         "finished": own["finished"],
         "stages": stages,
-        "total_seconds": _busy_seconds(stages),
+        "total_seconds": busy_seconds((stage["started"], stage["seconds"]) for stage in stages),
     }
 
 
-def _busy_seconds(stages: Sequence[StageTime]) -> float:
-    """How long anything at all was being built: overlapping artifacts count once, pauses between resumed runs not at all."""
-    spans = sorted((datetime.fromisoformat(stage["started"]).timestamp(), stage["seconds"]) for stage in stages)
+def busy_seconds(spans: Iterable[tuple[str, float]]) -> float:
+    """How long anything at all was at work: what overlaps counts once, pauses between resumed runs not at all.
+
+    Args:
+        spans: when something was begun, ISO 8601, and the seconds it took.
+    """
+    ordered = sorted((datetime.fromisoformat(started).timestamp(), seconds) for started, seconds in spans)
     total, until = 0.0, -math.inf
-    for start, seconds in spans:
+    for start, seconds in ordered:
         total += max(0.0, start + seconds - max(start, until))
         until = max(until, start + seconds)
     return total

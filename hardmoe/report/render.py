@@ -44,6 +44,7 @@ SYSTEMS = {
     "dense_refit": "dense, decoder refitted: the control",
     "experts_own_decoder": "experts, each with its own decoder",
     "mixture": "experts, one decoder shared by all",
+    "distilled": "one network that learnt from the mixture",
     "mixture_topk": "several of the nearest experts, mixed",
     "best_single_expert": "one expert for all images, chosen on validation",
     "oracle_expert": "the best expert of each image, told by its tags",
@@ -66,8 +67,7 @@ NEIGHBOURS = {
 MIXTURE, CONTROL = "mixture", "dense_refit"
 COMPARISON = f"{MIXTURE} - {CONTROL}"
 HEADLINE_METRIC = "precision@1"
-NUM_VISIBLE_IMAGES = 8
-NUM_OPEN_GALLERIES = 8
+NUM_VISIBLE_IMAGES = NUM_OPEN_GALLERIES = 8
 """Cards beyond this many keep the rest of their images folded away, so a page of 64 experts can still be leafed through."""
 MOSAIC_SIZE = 64
 MAX_INDEX_BESIDE = 16
@@ -153,7 +153,7 @@ def _verdict(metric: Metric) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "no difference"
 
 
-def _ordered(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
+def ordered(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
     """Known names in their own order, then the others by name."""
     present = set(names)
     return [name for name in known if name in present] + sorted(present - set(known))
@@ -162,7 +162,7 @@ def _ordered(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
 def metric_table(data: ReportData) -> dict[str, Any]:
     """Rows, columns, the systems with the best value of every column, and the reasons of the values that are missing."""
     systems = data["metrics"]["systems"]
-    names = _ordered({name for values in systems.values() for name in values}, METRICS)
+    names = ordered({name for values in systems.values() for name in values}, METRICS)
     best: dict[str, set[str]] = {}
     missing: dict[str, list[str]] = {}
     for name in names:
@@ -172,7 +172,7 @@ def metric_table(data: ReportData) -> dict[str, Any]:
         for system in found.keys() - known.keys():
             reason = systems[system][name].get("reason") or "no reason given"
             missing.setdefault(f"{name}: {reason}", []).append(system)
-    rows = [(system, SYSTEMS.get(system, ""), systems[system]) for system in _ordered(systems, SYSTEMS)]
+    rows = [(system, SYSTEMS.get(system, ""), systems[system]) for system in ordered(systems, SYSTEMS)]
     return {"names": names, "rows": rows, "best": best, "missing": {key: sorted(value) for key, value in sorted(missing.items())}}
 
 
@@ -180,7 +180,7 @@ def breakdown_rows(data: ReportData) -> tuple[list[FrequencyBand], list[tuple[st
     """The bands of hashtags, which are the same for all systems, and the systems with theirs."""
     found = data["metrics"].get("breakdown", {})
     bands = next(iter(found.values()))["frequency_bands"] if found else []
-    return bands, [(system, found[system]) for system in _ordered(found, SYSTEMS)]
+    return bands, [(system, found[system]) for system in ordered(found, SYSTEMS)]
 
 
 def cost_rows(data: ReportData) -> list[tuple[str, Cost, float | None]]:
@@ -189,19 +189,19 @@ def cost_rows(data: ReportData) -> list[tuple[str, Cost, float | None]]:
     control = costs.get(CONTROL)
     return [
         (system, costs[system], costs[system]["training_flops"] / control["training_flops"] if control else None)
-        for system in _ordered(costs, SYSTEMS)
+        for system in ordered(costs, SYSTEMS)
     ]
 
 
 def retrieval_rows(data: ReportData) -> list[tuple[str, Mapping[str, Metric], Mapping[str, Metric]]]:
     """Systems with the shares of right neighbours in their spaces, and what the mixture's are above them."""
     shares, differences = data["metrics"].get("retrieval", {}), data["metrics"].get("retrieval_differences", {})
-    return [(name, shares[name], differences.get(f"{MIXTURE} - {name}", {})) for name in _ordered(shares, SYSTEMS)]
+    return [(name, shares[name], differences.get(f"{MIXTURE} - {name}", {})) for name in ordered(shares, SYSTEMS)]
 
 
 def _system_chart(data: ReportData) -> Markup | None:
     rows = []
-    for system in _ordered(data["metrics"]["systems"], SYSTEMS):
+    for system in ordered(data["metrics"]["systems"], SYSTEMS):
         value, low, high = _bounds(data["metrics"]["systems"][system].get(HEADLINE_METRIC, Metric(value=None)))
         if value is not None:
             style = {MIXTURE: 0, CONTROL: 1}.get(system)
@@ -268,7 +268,7 @@ def curve_charts(data: ReportData) -> list[tuple[str, Markup]]:
     curves = data["curves"]
     experts = sorted(name for name in curves if _EXPERT.match(name))
     networks = {curve_name(network["name"]) for network in data["networks"]} - set(experts)
-    shown: list[str] = [name for name in _ordered({"trunk", "dense", *networks}, SYSTEMS) if name in curves]
+    shown: list[str] = [name for name in ordered({"trunk", "dense", *networks}, SYSTEMS) if name in curves]
     others = sorted(set(curves) - set(experts) - set(shown))
     groups: list[tuple[str, str, list[str]]] = [
         ("networks", " and ".join(shown).capitalize() if len(shown) < 3 else "Networks of all images", shown),

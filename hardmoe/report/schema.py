@@ -27,6 +27,7 @@ class Cost(TypedDict):
     flops: int
     images_seen: int
     training_flops: int
+    teacher_flops: NotRequired[int]
 
 
 FrequencyBand = TypedDict("FrequencyBand", {"tags": int, "labels": int, "recall@10": float | None})

@@ -108,6 +108,7 @@ class Storage(Protocol):
     def move(self, source: str, target: str) -> None: ...  # noqa: D102
     def delete_tree(self, path: str) -> None: ...  # noqa: D102
     def sweep(self, prefix: str) -> None: ...  # noqa: D102
+    def free_bytes(self) -> int | None: ...  # noqa: D102
 
 
 def join(*parts: str) -> str:

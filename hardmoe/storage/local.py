@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -120,6 +121,14 @@ class LocalStorage:
         top = self.local_path(prefix)
         with _translated("list", top):
             return sorted(p.relative_to(top).as_posix() for p in _walk_files(top) if not p.name.startswith(_TEMPORARY))
+
+    def free_bytes(self) -> int | None:
+        """What this user may still write, quotas of the file system included; None where nobody can know."""
+        directory = next((path for path in (self.directory, *self.directory.parents) if path.is_dir()), None)
+        try:
+            return None if directory is None else shutil.disk_usage(directory).free
+        except OSError:
+            return None
 
     def move(self, source: str, target: str) -> None:
         """Rename a file, replacing what is there."""

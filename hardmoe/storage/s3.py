@@ -154,6 +154,10 @@ class S3Storage:
             for start in range(0, len(keys), _DELETED_AT_ONCE):
                 self._delete(keys[start : start + _DELETED_AT_ONCE], path)
 
+    def free_bytes(self) -> int | None:
+        """None: a bucket has no end that one could ask for."""
+        return None
+
     def sweep(self, prefix: str) -> None:
         """Give up multipart uploads that writers who were killed left below a prefix, an hour or more ago."""
         client = self._client()

@@ -176,6 +176,10 @@ class Mix:
         """Their targets, float32 [B, V]; what summed to 1 does so still."""
         return targets_BV.lerp(targets_BV.roll(1, dims=0), 1 - self.share)
 
+    def larger(self, values_B: Tensor) -> Tensor:
+        """Of values of the images, [B], those of the one that has the larger share of each mixed image."""
+        return values_B if self.share >= 0.5 else values_B.roll(1, dims=0)
+
 
 def draw_mix(config: AugmentConfig, side: int, seed: int, step: int) -> Mix | None:
     """What mixup or CutMix does at a step; None where both are off."""

@@ -177,6 +177,11 @@ class TrainingConfig(Config):
     num_threads: int = operational(1, ge=1)
     """CPU threads of one unit. Results are the same bytes only for the same number."""
 
+    def training(self, epochs: int) -> "TrainingConfig":
+        """The same training of so many epochs, without what a section says of its networks besides."""
+        fields = {name: getattr(self, name) for name in TrainingConfig.model_fields}
+        return TrainingConfig.model_validate({**fields, "epochs": epochs})
+
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Self:
         if self.optimizer == "sgd":

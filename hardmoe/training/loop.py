@@ -51,7 +51,7 @@ class TrainingReferences:
     validation: ExampleSet | None = None
     """Scored after every epoch."""
     teacher: Teacher | None = None
-    """A network whose outputs count beside the hashtags; it may be left on the training's device."""
+    """Whose outputs count beside the hashtags; it may be left on the training's device."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,7 @@ class _Training:
         checkpoints = self.sinks.checkpoints
         facts = [self.config.identity(), self.seed, self.total_steps, self.examples.budget]
         teacher = self.references.teacher
-        network = None if teacher is None else teacher.network
-        self.digest = training_digest(self.model, self.examples, facts, network) if checkpoints else ""
+        self.digest = training_digest(self.model, self.examples, facts, teacher) if checkpoints else ""
         with ExitStack() as stack:
             self._settle(teacher, self._helped_by(stack, teacher))
             self.writer = stack.enter_context(BackgroundWriter(checkpoints)) if checkpoints else None

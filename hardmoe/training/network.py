@@ -24,11 +24,12 @@ from hardmoe.data.reading import example_shards, labels_of, num_trained_on, read
 from hardmoe.errors import CorruptFileError, HardmoeError
 from hardmoe.models.backbones import Backbone, TagClassifier, build_backbone
 from hardmoe.models.branching import split
+from hardmoe.models.flops import measure_backbone
 from hardmoe.models.moe.config import MoeConfig
 from hardmoe.stage import InputArtifact, UnitContext
 from hardmoe.tables import ids_to_array
 from hardmoe.training.config import TrainingConfig
-from hardmoe.training.distillation import Teacher
+from hardmoe.training.distillation import Teacher, drop_projection
 from hardmoe.training.loop import TrainingReferences, train
 from hardmoe.training.losses import start_from_shares
 from hardmoe.training.unit_sinks import unit_sinks, write_log
@@ -85,7 +86,7 @@ class NetworkJob:
     seed: int
     start: Start = Start()
     teacher: Teacher | None = None
-    """A network whose outputs it follows beside the hashtags."""
+    """Whose outputs it follows beside the hashtags."""
     as_often_as_in: InputArtifact | None = None
     """A partition: show every example as often as all its experts together do; None to show each once."""
     num_samples: int | None = None
@@ -156,6 +157,12 @@ def architecture_of(network: InputArtifact) -> Architecture:
     return Architecture(**{**told, "moe": MoeConfig.model_validate(told.get("moe", {}))})
 
 
+def flops_of(network: InputArtifact) -> int:
+    """Operations of a finished network's features of one image."""
+    seen = architecture_of(network)
+    return measure_backbone(seen.backbone, image_size=seen.image_size, stem=seen.stem, moe=seen.moe).flops
+
+
 def train_network(context: UnitContext, job: NetworkJob, description_file: str) -> Json:
     """Train, and write the network's files; returns the payload of its record."""
     examples = load_examples(job, "train").labelled()
@@ -171,6 +178,7 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
             result = train(model, examples, job.config, seed=job.seed, devices=devices, references=references, sinks=sinks)
         except torch.OutOfMemoryError as error:
             raise HardmoeError(remedy_for_memory(context, job.config)) from error
+    drop_projection(model)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with context.output(MODEL_FILE) as out:
         out.write(safetensors.torch.save(weights))
@@ -188,6 +196,8 @@ def train_network(context: UnitContext, job: NetworkJob, description_file: str) 
     }
     if any(not parameter.requires_grad for parameter in model.parameters()):
         payload["trained_parameters"] = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    if job.teacher is not None:
+        payload["teacher_flops"] = job.teacher.flops * result.examples_seen
     if result.divergence is not None:
         payload["divergence"] = asdict(result.divergence)
     if result.selection is not None:
@@ -216,6 +226,8 @@ def starting_network(job: NetworkJob, examples: ExampleSet) -> TagClassifier:
     model.decoder.requires_grad_(not job.start.holds_decoder)
     if job.start.holds_until is not None:
         model.backbone.hold(split(model.backbone, job.start.holds_until, job.architecture.backbone).shared)
+    if job.teacher is not None:
+        job.teacher.prepare(model, job.seed)
     return model
 
 

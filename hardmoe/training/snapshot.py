@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn, optim
@@ -11,6 +12,7 @@ from hardmoe.config import Json
 from hardmoe.data.loader import ExampleSet
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.checkpoint import host_copy
+from hardmoe.training.distillation import Teacher
 from hardmoe.training.optim import optimizer_state, restore_optimizer_state
 
 _FORMAT = 2
@@ -42,14 +44,14 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def training_digest(model: nn.Module, examples: ExampleSet, facts: Sequence[Json], teacher: nn.Module | None = None) -> str:
+def training_digest(model: nn.Module, examples: ExampleSet, facts: Sequence[Json], teacher: Teacher | None = None) -> str:
     """Names the training that a checkpoint belongs to: format, facts, examples, initial weights, what is trainable.
 
     Args:
         model: before its first step.
         examples: what it is trained on.
         facts: whatever else decides the weights, such as config and seed.
-        teacher: a network whose outputs it follows.
+        teacher: whose outputs it follows.
     """
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     body = [_FORMAT, list(facts), examples.image_size, trainable]
@@ -61,8 +63,7 @@ def training_digest(model: nn.Module, examples: ExampleSet, facts: Sequence[Json
     # An id may be the user's own name of an image that was replaced since; hashing costs a fraction of the decoding.
     for images_B3SS in examples.sequential_images(_BATCH):
         digest.update(images_B3SS.data)
-    for network in (model,) if teacher is None else (model, teacher):
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in chain(sorted(model.state_dict().items()), () if teacher is None else teacher.tensors()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

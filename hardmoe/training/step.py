@@ -22,7 +22,7 @@ from hardmoe.training.auxiliary import take_auxiliary_loss
 from hardmoe.training.average import WeightAverage
 from hardmoe.training.config import TrainingConfig
 from hardmoe.training.determinism import seeded_step
-from hardmoe.training.distillation import Teacher
+from hardmoe.training.distillation import Asked, Teacher
 from hardmoe.training.inference import move_images, normalised
 from hardmoe.training.losses import TagLoss
 from hardmoe.training.optim import set_learning_rate
@@ -50,34 +50,40 @@ class Gradients:
             step: decides what is random.
             seat: of a process that computes a share of the gradient, and of the loss; None for all of it.
         """
-        images_B3SS, targets_BV = self._inputs(batch, step)
-        num_rows = len(images_B3SS)
+        inputs = self._inputs(batch, step)
+        num_rows = len(batch.images_B3SS)
         if seat is not None:
-            images_B3SS, targets_BV = seat.share_of(images_B3SS), seat.share_of(targets_BV)
+            inputs = [seat.share_of(rows) for rows in inputs]
         total = torch.zeros((), device=self.device)
         with seeded_step(derive_seed(self.seed, "step", step), self.device):
-            num_pieces = min(self.config.accumulate, len(images_B3SS))
-            for images, targets in zip(images_B3SS.tensor_split(num_pieces), targets_BV.tensor_split(num_pieces), strict=True):
+            num_pieces = min(self.config.accumulate, len(inputs[0]))
+            pieces = zip(*(rows.tensor_split(num_pieces) for rows in inputs), strict=True)
+            for images, targets, keys in pieces:
                 alone = len(images) == 1 and seat is None
                 with running_statistics_for_single_values(self.model) if alone else nullcontext():
-                    total += self._backward(images, targets, len(images) / num_rows)
+                    total += self._backward(images, targets, keys, len(images) / num_rows)
         return total
 
-    def _inputs(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
-        """The images, normalised and channels last, and their targets, augmented and mixed."""
+    def _inputs(self, batch: TrainingBatch, step: int) -> list[Tensor]:
+        """The images, normalised and channels last, their targets, augmented and mixed, and what the teacher knows them by."""
         targets_BV = self.loss.targets(batch, step, self.model.decoder.out_features, self.device)
         images_B3SS = augment_images(move_images(batch.images_B3SS, self.device), self.config.augment, self.seed, step)
         normalised_B3SS = normalised(images_B3SS)
+        ids_B16 = batch.ids_B16
+        keys_B = torch.zeros(len(ids_B16), dtype=torch.int64) if self.teacher is None else self.teacher.keys(ids_B16)
         mix = draw_mix(self.config.augment, images_B3SS.shape[-1], self.seed, step)
-        return (normalised_B3SS, targets_BV) if mix is None else (mix.images(normalised_B3SS), mix.targets(targets_BV))
+        if mix is None:
+            return [normalised_B3SS, targets_BV, keys_B]
+        return [mix.images(normalised_B3SS), mix.targets(targets_BV), mix.larger(keys_B)]
 
-    def _backward(self, images_B3SS: Tensor, targets_BV: Tensor, share: float) -> Tensor:
+    def _backward(self, images_B3SS: Tensor, targets_BV: Tensor, keys_B: Tensor, share: float) -> Tensor:
         """Add a piece's gradient; returns its share of the loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            _, logits_BV = self.model(images_B3SS)
+            features_BD, logits_BV = self.model(images_B3SS)
             loss = self.loss(logits_BV, targets_BV)
             if self.teacher is not None:
-                loss = self.teacher.blended(loss, logits_BV, images_B3SS, self.loss.name)
+                asked = Asked(self.model, images_B3SS, keys_B, features_BD, logits_BV)
+                loss = self.teacher.blended(loss, asked, self.loss.name)
         if (auxiliary := take_auxiliary_loss(self.model)) is not None:
             loss = loss + auxiliary
         loss = loss * share

@@ -315,11 +315,12 @@ def test_root_on_a_read_only_disk_is_refused_with_the_remedy(empty_project: Path
 def test_disk_that_fills_up_is_told_and_with_more_space_the_run_goes_on(
     empty_project: Path, finished: Path, tmp_path: Path, size: str
 ) -> None:
-    """Full at once, while the dataset is written, and while the trunk trains."""
+    """Full before anything is begun, while the dataset is written, and while the trunk trains."""
     arguments = ("partition", "--backend", "inline", "--root", str(tmp_path / "run"))
     with small_disk(tmp_path, size):
         result = invoke(empty_project, *arguments)
-        assert "the disk is full; free some space and run again" in result.stderr
+        told = "dataset will store about" if size == "16k" else "the disk is full; free some space and run again"
+        assert told in result.stderr
         assert result.returncode in (1, 3)
         refusal(result, result.returncode)
         resize(tmp_path, "64m")

@@ -109,6 +109,24 @@ def test_mistakes_in_the_file_are_one_sentence(project: Path, tmp_path: Path, ch
     assert said in refusal(result, 3 if "fewer than" in said else 1)
 
 
+def test_commands_that_look_know_the_run_by_its_root(project: Path, whole: dict[str, bytes]) -> None:
+    def look(command: str, *arguments: str) -> str:
+        result = invoke(project, command, *arguments, "--root", "runs/detection")
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    rows = json.loads(look("status", "--json"))
+    trained = [f"detectors/{system}" for system in ("baseline", "dense", "regression", "both")]
+    assert [row["artifact"] for row in rows] == ["detection_set", *trained, "detection"]
+    assert {row["state"] for row in rows} == {"done"}
+    assert "detectors/both" in look("status")
+    assert [line.partition(":")[0] for line in look("verify").splitlines()] == [row["artifact"] for row in rows]
+    assert json.loads(look("show", "both", "--json"))["record"]["config"]["system"] == "both"
+    look("logs")
+    assert "nothing is running" in look("stop")
+    assert "holds detectors and no mixture" in refusal(invoke(project, "export", "-o", "out", "--root", "runs/detection"))
+
+
 def test_root_of_another_file_is_refused_with_what_differs(project: Path, whole: dict[str, bytes]) -> None:
     result = invoke(project, "detection", "-f", "detection.yaml", "--set", "canvases.num_test=13")
     assert "canvases.num_test: 12 -> 13" in refusal(result)

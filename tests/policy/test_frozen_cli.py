@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from hardmoe.cli.main import cli
 
 RECIPE = {"-f", "--recipe", "--set", "--root", "--debug"}
-BUILD = RECIPE | {"--parallel", "--backend", "--address"}
-BULK = {"--source", "-o", "--out", "--format", "--memory-gib", "--parallel", "--address"}
+BUILD = RECIPE | {"--parallel", "--backend", "--address", "--accept-versions"}
+BULK = {"--source", "-o", "--out", "--format", "--memory-gib", "--parallel", "--address", "--accept-versions"}
 
 COMMANDS: dict[str, set[str]] = {
     "init": {"PATH", "--schema", "--force", "--debug"},
@@ -21,18 +21,20 @@ COMMANDS: dict[str, set[str]] = {
     "train-experts": BUILD | {"--only"},
     "fit-decoder": BUILD,
     "evaluate": BUILD | {"--sweep-k", "--sweep-capacity", "--priority", "--no-priority"},
-    "report": BUILD,
+    "distil": BUILD,
+    "report": BUILD | {"ROOTS", "--compare", "--against", "-o", "--out", "--json"},
     "run": BUILD | {"--dry-run"},
-    "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address", "--debug"},
+    "sweep": {"STUDY", "--only", "--dry-run", "--json", "--set", "--parallel", "--backend", "--address"}
+    | {"--accept-versions", "--debug"},
     "detection": BUILD | {"--json"},
-    "status": RECIPE | {"--json", "--watch"},
+    "status": RECIPE | {"--json", "--watch", "--html"},
     "logs": RECIPE | {"NAME", "--failed"},
     "show": RECIPE | {"NAME", "--json"},
     "verify": RECIPE | {"NAMES", "--images"},
     "stop": RECIPE | {"--timeout"},
     "predict": RECIPE | BULK | {"IMAGES", "-k"},
     "embed": RECIPE | BULK | {"IMAGES"},
-    "index": RECIPE | {"--vectors", "--kind", "--recall"},
+    "index": RECIPE | {"--vectors", "--kind", "--recall", "--accept-versions"},
     "search": RECIPE | {"QUERY", "--vectors", "-n", "--json"},
     "doctor": RECIPE | {"--address", "--json"},
     "submit": {"COMMAND", "--address", "--checkout", "--env", "--shared", "--ca", "--resubmit", "--detach"}

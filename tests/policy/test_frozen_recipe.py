@@ -60,7 +60,7 @@ IDENTITY = """
     evaluation.dense_baseline evaluation.random_partition evaluation.top_k evaluation.all_experts evaluation.rivals
     evaluation.retrieval_sample
     evaluation.bootstrap_replicates evaluation.map_replicates
-    seed
+    distil seed
 """
 """What is computed: a change of any of these is another run."""
 
@@ -85,6 +85,7 @@ ADDED = {
     "evaluation.all_experts": False,
     "evaluation.rivals": {},
     "evaluation.retrieval_sample": 20_000,
+    "distil": None,
     "decoder.rank": 8,
     "decoder.rounds": 0,
     "decoder.round_epochs": 1,

@@ -9,6 +9,7 @@ import pytest
 
 PATHS = """
     recipe.yaml
+    versions.json
     dataset/split=train/part-00000-of-*.parquet
     dataset/split=validation/part-00000-of-*.parquet
     dataset/split=test/part-00000-of-*.parquet

@@ -14,7 +14,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "hardmoe"
 
-FAMILIES = {"trunk", "features", "partitioning", "experts", "decoder", "evaluation", "report"}
+FAMILIES = {"trunk", "features", "partitioning", "experts", "decoder", "distil", "evaluation", "report"}
 LAYERS = [
     {"__init__", "config", "errors", "storage", "hashing", "arrays", "yaml_files"},
     {"artifacts", "stage", "tables"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"execution", "mixture"},
     {"bulk", "searching", "export", "detection"},
     {"serving"},
-    {"recipe", "pipeline", "planning", "cli", "__main__"},
+    {"recipe", "outside", "pipeline", "planning", "cli", "__main__"},
 ]
 """From the bottom to the top: a module imports from its own layer and from those below, never from above."""
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hardmoe.errors import BackendError
+from hardmoe.execution.measures import Measure
 from hardmoe.execution.ray.connection import init
+from hardmoe.execution.ray.exporting import Exporter
 from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
 from hardmoe.execution.slots import Slots
@@ -38,6 +40,7 @@ class RayBackend:
         self._uses_gpus = False
         self._temporary: Path | None = None
         self._remote: Any = None
+        self._exporter: Exporter | None = None
 
     def prepare(self, demands: Iterable[Resources]) -> None:
         """Start or join Ray, then hold every demand against every node."""
@@ -82,12 +85,21 @@ class RayBackend:
                 ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
             return [self._outcome(reference) for reference in ready]
 
+    def publish(self, measures: Mapping[Measure, float]) -> None:
+        """Through Ray's exporter, which is one of Ray's own processes: nothing waits for it."""
+        if not self._nodes:
+            return
+        with interrupts_held_back():
+            if self._exporter is None:
+                self._exporter = Exporter()
+            self._exporter.publish(measures)
+
     def close(self) -> None:
         """Leave the cluster, or stop our own Ray and remove its files."""
         import ray
 
         self._running.clear()
-        self._nodes = []
+        self._nodes, self._exporter = [], None
         with interrupts_held_back():
             ray.shutdown()
             if self._temporary is not None:

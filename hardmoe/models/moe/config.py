@@ -9,9 +9,13 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from hardmoe.config import Config, added
+from hardmoe.errors import RecipeError
 
 RouterName = Literal["linear", "cosine", "distance", "expert_choice", "soft", "pooled", "convolved"]
 ConstraintName = Literal["none", "importance", "importance_load", "gshard", "kl", "relative", "mean"]
+
+HARD: tuple[ConstraintName, ...] = ("relative", "mean")
+"""Constraints under which experts sit out, from a threshold on; ResNets and heads of detectors have them."""
 
 
 def has_experts(backbone: str) -> bool:
@@ -52,7 +56,7 @@ class MoeConfig(Config):
     loss_weight: float | None = added(None, ge=0)
     """Weight of each auxiliary loss; they are added to the loss on the hashtags."""
     threshold: float | None = added(None, ge=0)
-    """Hard constraints: from where on an expert sits out."""
+    """Of the constraints `relative` and `mean`: from where on an expert sits out."""
     dropout: float | None = added(None, ge=0, lt=1)
     """Share of the values in and behind an expert's hidden layer that are dropped in training."""
     dispatch: Literal["grouped", "index", "einsum"] = added("grouped")
@@ -64,7 +68,32 @@ class MoeConfig(Config):
             raise ValueError(f"k: {self.k} is more than there are experts; set num_experts: {self.k} or more, or k lower")
         return self
 
+    @model_validator(mode="after")
+    def _threshold_is_of_a_hard_constraint(self) -> Self:
+        if self.threshold is None:
+            return self
+        if self.router == "soft":
+            raise ValueError(
+                f"threshold: {self.threshold:g} means nothing to router: soft, which has no constraint; leave it out"
+            )
+        if self.constraint is not None and self.constraint not in HARD:
+            raise ValueError(
+                f"threshold: {self.threshold:g} means nothing to constraint: {self.constraint}; leave it out, or set constraint: "
+                f"{' or '.join(HARD)}, under which experts sit out"
+            )
+        return self
+
     def over(self, defaults: "MoeConfig") -> "MoeConfig":
-        """These fields, and of those that are null the defaults'."""
+        """These fields, and of those that are null the defaults'.
+
+        Raises:
+            RecipeError: a threshold is given, and the defaults' constraint knows none.
+        """
         given = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
-        return defaults.model_copy(update=given)
+        whole = defaults.model_copy(update=given)
+        if self.threshold is not None and whole.constraint not in HARD:
+            raise RecipeError(
+                f"moe.threshold: {self.threshold:g} means nothing to this backbone, whose constraint is {whole.constraint}; "
+                "leave it out, as only constraints of ResNets (relative, mean) know one"
+            )
+        return whole

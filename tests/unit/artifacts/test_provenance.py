@@ -1,10 +1,15 @@
 """Provenance: when, where, by what; valid JSON with a moment and the versions that decide bytes."""
 
 import json
+import os
+import sys
 from datetime import datetime
 from importlib import metadata
+from types import SimpleNamespace
 
-from hardmoe.artifacts.provenance import describe, now
+import pytest
+
+from hardmoe.artifacts.provenance import describe, machine, now
 
 
 def test_provenance_says_when_where_and_with_what() -> None:
@@ -20,3 +25,15 @@ def test_provenance_says_when_where_and_with_what() -> None:
 
 def test_moments_are_in_utc() -> None:
     assert now().endswith("+00:00")
+
+
+def test_machine_is_told_by_its_processors_and_the_gpus_that_were_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    told = machine()
+    assert told.startswith(f"{os.cpu_count()} x ") and len(told) > 5
+    names = ["NVIDIA A100", "NVIDIA A100", "NVIDIA T4"]
+    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 3, get_device_name=names.__getitem__)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert machine() == f"{told}, 2 x NVIDIA A100, NVIDIA T4"
+    cuda.is_initialized = lambda: False
+    assert machine() == told, "a GPU that nothing ran on explains nothing"

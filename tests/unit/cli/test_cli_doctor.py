@@ -39,9 +39,8 @@ def test_recipe_that_is_named_and_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_run_begun_with_other_versions_is_told_and_nothing_in_it_changes(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "small" / "dataset").mkdir(parents=True)
-    told = {"versions": {"torch": "1.0", "hardmoe": "0.0.1"}}
-    (tmp_path / "runs" / "small" / "dataset" / "provenance.json").write_text(json.dumps(told))
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "versions.json").write_text(json.dumps({"torch": "1.0", "hardmoe": "0.0.1"}))
     write_recipe(tmp_path)
     before = snapshot(tmp_path)
     sentence = refusal(invoke(tmp_path, "doctor"))

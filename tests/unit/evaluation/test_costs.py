@@ -1,6 +1,6 @@
 """Costs added up by hand, for a dense network, a mixture, and a mixture that shares its first stages with the gate."""
 
-from hardmoe.evaluation.costs import Cost, SharedLayer, TrainedNetwork, total_cost
+from hardmoe.evaluation.costs import Cost, SharedLayer, TrainedNetwork, total_cost, with_teacher
 from hardmoe.models.flops import BackboneSize
 
 IMAGES = 1_000
@@ -52,3 +52,13 @@ def test_experts_within_a_network_count_in_part() -> None:
     gated = total_cost([network, network], [], network, None, 2, IMAGES)
     assert (gated.parameters, gated.active_parameters) == (50 + 2 * 60, 30 + 2 * 30 + 10)
     assert gated.routed_flops == 3 * 30
+
+
+def test_what_a_teacher_says_is_part_of_the_training_and_so_is_all_that_made_a_mixture() -> None:
+    taught = TrainedNetwork(BackboneSize(100, 50), 10, 4_000, teacher_flops=4_000 * 220)
+    own = total_cost([taught], [], None, None, 1, IMAGES)
+    assert own.training_flops == 4_000 * (TRUNK_STEP + 220)
+    mixture = Cost(500, 200, 250, 9_000, 7_000_000)
+    found = with_teacher(own, mixture, taught.teacher_flops)
+    assert found == Cost(60, 60, 120, 13_000, own.training_flops + 7_000_000, 0, 7_000_000 + 4_000 * 220)
+    assert found.training_flops - found.teacher_flops == 4_000 * TRUNK_STEP

@@ -242,6 +242,9 @@ class ScriptedBackend:
     def prepare(self, demands: object) -> None:
         """Nothing to start."""
 
+    def publish(self, measures: object) -> None:
+        """Nobody looks."""
+
     def has_room(self, demand: Resources, handed_over: Mapping[Resources, int]) -> bool:
         """As many as there are workers."""
         return handed_over.get(demand, 0) < self.workers

@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def said(done: float, total: float, **values: Any) -> dict[str, Any]:
-    return {"done": done, "total": total, "values": values}
+    return {"done": done, "total": total, "values": values, "updated": "2026-11-30T12:00:00+00:00"}
 
 
 def test_rate_and_remaining_time_count_what_this_driver_did(clock: list[float]) -> None:

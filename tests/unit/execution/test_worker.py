@@ -9,6 +9,7 @@ import pytest
 from counting import Control, counting
 from mounts import bind_read_only, small_disk
 
+from hardmoe.artifacts.provenance import machine
 from hardmoe.errors import CorruptFileError
 from hardmoe.execution.task import UnitTask, load_completion, parse_completion
 from hardmoe.execution.worker import execute_unit
@@ -34,6 +35,13 @@ def test_completion_names_every_file_with_its_digest_and_where_it_waits(root: Pa
     assert storage.read_bytes(stored.staged["squares/3.txt"]) == b"9\n"
     assert storage.read_bytes(stored.completion.scratch["value"]) == b"9"
     assert not (root / "count" / "squares").exists(), "nothing is published before the commit"
+
+
+def test_completion_tells_what_the_unit_noted_last_and_on_what_machine(root: Path, control: Control) -> None:
+    control.order("checkpoint", "square-3", "step-7")
+    execute_unit(task(root, control))
+    stored = load_completion(LocalStorage(root), "count/_progress/build/done/square/3.json")
+    assert (stored.said, stored.machine) == ({"checkpoint": "step-7"}, machine())
 
 
 def test_attempts_write_apart_and_the_first_completion_is_the_one(root: Path) -> None:

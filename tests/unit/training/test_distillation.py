@@ -15,7 +15,7 @@ from hardmoe.recipe import parse_recipe
 from hardmoe.storage import LocalStorage
 from hardmoe.training.checkpoint import Checkpoints
 from hardmoe.training.config import AugmentConfig, DistillConfig, TrainingConfig
-from hardmoe.training.distillation import Teacher, bernoulli_divergence, softmax_divergence
+from hardmoe.training.distillation import Asked, NetworkTeacher, bernoulli_divergence, softmax_divergence
 from hardmoe.training.loop import TrainingReferences, train
 from hardmoe.training.reporting import TrainingProgress, TrainingSinks
 
@@ -42,7 +42,7 @@ def make_network(seed: int) -> TagClassifier:
 
 
 def trained(
-    teacher: Teacher | None, config: TrainingConfig = CONFIG, start: int = 1, folder: Path | None = None, kill_at: int = 0
+    teacher: NetworkTeacher | None, config: TrainingConfig = CONFIG, start: int = 1, folder: Path | None = None, kill_at: int = 0
 ) -> dict[str, torch.Tensor]:
     def watch(progress: TrainingProgress) -> None:
         if progress.step == kill_at:
@@ -52,6 +52,11 @@ def trained(
     sinks = TrainingSinks(Checkpoints(LocalStorage(folder), "checkpoints") if folder else None, progress=watch)
     train(model, make_examples(), config, seed=0, devices=[CPU], references=TrainingReferences(teacher=teacher), sinks=sinks)
     return model.state_dict()
+
+
+def asked(images_B3SS: torch.Tensor, logits_BV: torch.Tensor) -> Asked:
+    features_BD = torch.zeros(len(images_B3SS), 7)
+    return Asked(make_network(1), images_B3SS, torch.zeros(len(images_B3SS), dtype=torch.int64), features_BD, logits_BV)
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -76,9 +81,9 @@ def test_gradient_does_not_shrink_with_the_temperature(loss_name: str) -> None:
     images_B3SS = torch.zeros(2, 3, 8, 8)
     lengths = []
     for temperature in (50.0, 100.0):
-        teacher = Teacher(make_network(2), DistillConfig(weight=1.0, temperature=temperature)).on(CPU)
+        teacher = NetworkTeacher(make_network(2), DistillConfig(weight=1.0, temperature=temperature)).on(CPU)
         logits_BV = torch.tensor([[0.5, -0.5, 0, 0, 0], [0, 0, 0.2, 0, 0.3]], requires_grad=True)
-        teacher.blended(torch.tensor(0.0), logits_BV, images_B3SS, loss_name).backward()  # type: ignore[arg-type, no-untyped-call]
+        teacher.blended(torch.tensor(0.0), asked(images_B3SS, logits_BV), loss_name).backward()  # type: ignore[arg-type, no-untyped-call]
         assert logits_BV.grad is not None
         lengths.append(float(logits_BV.grad.norm()))
     assert lengths[1] == pytest.approx(lengths[0], rel=0.02)
@@ -87,15 +92,15 @@ def test_gradient_does_not_shrink_with_the_temperature(loss_name: str) -> None:
 
 def test_blended_loss_is_the_two_in_the_given_shares() -> None:
     images_B3SS, logits_BV = torch.rand(4, 3, 8, 8), torch.rand(4, NUM_TAGS)
-    teacher = Teacher(make_network(2), DistillConfig(weight=0.3, temperature=2.0)).on(CPU)
+    teacher = NetworkTeacher(make_network(2), DistillConfig(weight=0.3, temperature=2.0)).on(CPU)
     divergence = softmax_divergence(logits_BV / 2, teacher.network(images_B3SS)[1] / 2)
-    found = teacher.blended(torch.tensor(5.0), logits_BV, images_B3SS, "softmax")
+    found = teacher.blended(torch.tensor(5.0), asked(images_B3SS, logits_BV), "softmax")
     assert float(found) == pytest.approx(0.7 * 5.0 + 0.3 * 4 * float(divergence), rel=1e-6)
 
 
 def test_network_that_follows_a_teacher_alone_comes_to_answer_like_it() -> None:
     config = CONFIG.model_copy(update={"epochs": 60, "weight_decay": 0.0})
-    teacher = Teacher(make_network(2), DistillConfig(weight=1.0)).on(CPU)
+    teacher = NetworkTeacher(make_network(2), DistillConfig(weight=1.0)).on(CPU)
     with torch.no_grad():
         teacher.network.decoder.weight *= 10  # a fresh network thinks all hashtags alike
     images_B3SS = normalise_images(torch.from_numpy(make_examples().storage_M3SS))
@@ -114,7 +119,7 @@ def test_network_that_follows_a_teacher_alone_comes_to_answer_like_it() -> None:
 def test_training_leaves_every_bit_of_the_teacher() -> None:
     network = make_network(2)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    trained(Teacher(network, DistillConfig(weight=0.5)))
+    trained(NetworkTeacher(network, DistillConfig(weight=0.5)))
     assert same_bits(before, network.state_dict())
 
 
@@ -123,9 +128,9 @@ def test_killed_and_resumed_training_with_a_teacher_has_the_bits_of_an_uninterru
     tmp_path: Path, kills: tuple[int, ...]
 ) -> None:
     config = CONFIG.model_copy(update={"accumulate": 2, "augment": AugmentConfig(flip=True, mixup=0.4)})
-    expected = trained(Teacher(make_network(2), DistillConfig(weight=0.5, temperature=3.0)), config)
+    expected = trained(NetworkTeacher(make_network(2), DistillConfig(weight=0.5, temperature=3.0)), config)
     for kill_at in (*kills, 0):
-        teacher = Teacher(make_network(2), DistillConfig(weight=0.5, temperature=3.0))
+        teacher = NetworkTeacher(make_network(2), DistillConfig(weight=0.5, temperature=3.0))
         if kill_at:
             with pytest.raises(Killed):
                 trained(teacher, config, folder=tmp_path, kill_at=kill_at)
@@ -135,8 +140,8 @@ def test_killed_and_resumed_training_with_a_teacher_has_the_bits_of_an_uninterru
 
 def test_checkpoint_of_a_training_with_another_teacher_is_not_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        trained(Teacher(make_network(2), DistillConfig(weight=0.5)), folder=tmp_path, kill_at=7)
-    other = Teacher(make_network(3), DistillConfig(weight=0.5))
+        trained(NetworkTeacher(make_network(2), DistillConfig(weight=0.5)), folder=tmp_path, kill_at=7)
+    other = NetworkTeacher(make_network(3), DistillConfig(weight=0.5))
     assert same_bits(trained(other, folder=tmp_path), trained(other))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_parts import mlp_experts, mlp_layer
+from moe_parts import GATES, mlp_experts, mlp_layer, route_gates
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,6 +139,24 @@ def test_autocast_gives_the_inputs_dtype_and_two_digits(name: str, dtype: torch.
     assert outputs.dtype == dtype
     scale = float(reference.abs().max())
     assert float((outputs.float() - reference).abs().max()) <= 2e-2 * scale
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*itertools.product(DISPATCHES, [torch.bfloat16, torch.float32, torch.float64])])
+def test_dispatch_gives_the_items_dtype_whatever_experts_compute_in(name: str, dtype: torch.dtype) -> None:
+    """Without autocast too: weights are in float32, experts in bfloat16, and neither decides what comes out."""
+
+    def doubled(rows: PaddedRows | SortedRows) -> Tensor:
+        return 2 * (rows.rows_ENX if isinstance(rows, PaddedRows) else rows.rows_RX).bfloat16()
+
+    routing = route_gates(torch.tensor(GATES), k=2, capacity=3, priority=False)
+    items_GSX = torch.arange(1.0, 7.0, dtype=dtype).view(1, 3, 2).requires_grad_()
+    outputs_GSX = DISPATCHES[name]()(items_GSX, routing, doubled)
+    assert outputs_GSX.dtype == dtype
+    weights_S1 = torch.tensor([[0.4 + 0.2], [0.5 + 0.4], [0.6 + 0.3]])
+    assert torch.allclose(outputs_GSX[0].float(), 2 * weights_S1 * items_GSX[0].detach().float(), rtol=1e-2)
+    (gradient_GSX,) = torch.autograd.grad(outputs_GSX.sum(), items_GSX)
+    assert gradient_GSX.dtype == dtype
+    assert torch.allclose(gradient_GSX[0].float(), 2 * weights_S1.expand(3, 2), rtol=1e-2)
 
 
 @pytest.mark.gpu

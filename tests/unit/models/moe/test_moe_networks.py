@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from pydantic import ValidationError
 from torch import nn
 
 from hardmoe.errors import RecipeError
@@ -248,6 +249,8 @@ def test_dense_resnets_and_convnexts_files_become_experts_too() -> None:
         ("moe_resnet18", {"constraint": "gshard"}, "moe.constraint: gshard is one for patches or pixels"),
         ("vmoe_xs4", {"router": "pooled"}, "moe.router: pooled decides once an image"),
         ("moe_resnet18", {"router": "cosine"}, "moe.router: cosine is one of patches or pixels"),
+        ("vmoe_xs4", {"threshold": 0.3}, "moe.threshold: 0.3 means nothing to this backbone, .*importance_load; leave"),
+        ("moe_convnext_tiny", {"threshold": 0.0}, "moe.threshold: 0 means nothing to this backbone"),
         ("moe_resnet18", {"k": 5}, r"moe.k: 5 is more than there are experts \(4\)"),
         ("vmoe_xs5", None, "'vmoe_xs5' cannot be built for images of 16 pixels"),
         ("vmoe_m16", None, "unknown backbone 'vmoe_m16'; did you mean vmoe"),
@@ -256,6 +259,26 @@ def test_dense_resnets_and_convnexts_files_become_experts_too() -> None:
 def test_what_does_not_go_together_is_refused_with_the_remedy(name: str, moe: dict[str, Any] | None, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_backbone(name, image_size=16, seed=0, moe=MoeConfig(**moe) if moe else None)
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"constraint": "kl"}, "threshold: 0.3 means nothing to constraint: kl; leave it out, or set constraint: relative or"),
+        ({"constraint": "none"}, "threshold: 0.3 means nothing to constraint: none"),
+        ({"router": "soft"}, "threshold: 0.3 means nothing to router: soft, which has no constraint; leave it out"),
+    ],
+)
+def test_threshold_without_a_hard_constraint_is_refused(moe: dict[str, Any], message: str) -> None:
+    """It was ignored without a word."""
+    with pytest.raises(ValidationError, match=message):
+        MoeConfig(threshold=0.3, **moe)
+
+
+def test_threshold_reaches_the_constraint_that_is_given_and_the_backbones_own() -> None:
+    for moe in (MoeConfig(threshold=0.7), MoeConfig(threshold=0.7, constraint="mean")):
+        _, layer = next(iter(moe_layers(build_backbone("moe_resnet18", image_size=16, seed=0, moe=moe))))
+        assert layer.router.constraint.threshold == 0.7
 
 
 def test_experts_of_a_new_network_are_alike_where_they_are_mlps() -> None:

@@ -1,0 +1,92 @@
+"""What a recipe names outside its root, by content: digests of files, or what a finished artifact records where they are gone.
+
+Rejected: paths and times of change, by which a collection that was moved would be another one.
+"""
+
+import hashlib
+
+from hardmoe.artifacts.store import Artifact, ArtifactStore
+from hardmoe.data.inventory import Inventory, take_inventory
+from hardmoe.data.places import read_place
+from hardmoe.data.sources.registry import open_source
+from hardmoe.errors import DataError, DriftError
+from hardmoe.features.files import features_inventory
+from hardmoe.recipe import Recipe
+from hardmoe.storage import open_storage
+
+
+def source_digest(recipe: Recipe, store: ArtifactStore) -> str:
+    """The identity of the source's files; as a finished dataset, here or in a root to reuse, records it where they are gone."""
+    dataset = store.find("dataset")
+    try:
+        found = take_inventory(open_source(recipe.dataset).files(), store.storage)
+    except DataError:
+        elsewhere = (ArtifactStore(open_storage(root)).find("dataset") for root in recipe.reuse)
+        known = dataset or next((there for there in elsewhere if there is not None and _same_source(recipe, there)), None)
+        if known is None:
+            raise
+        return _recorded_digest(known)
+    if dataset is not None and found.digest() != _recorded_digest(dataset) and _same_source(recipe, dataset):
+        raise DriftError(_changed_files(store, dataset, found))
+    return found.digest()
+
+
+def _recorded_digest(dataset: Artifact) -> str:
+    digest: str = dataset.record.config["source"]["sha256"]
+    return digest
+
+
+def _same_source(recipe: Recipe, dataset: Artifact) -> bool:
+    """Whether only the files are others; with another source or other columns, the recipe's differences tell more."""
+    return bool(dataset.record.config["dataset"] == recipe.dataset.identity())
+
+
+def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) -> str:
+    from hardmoe.data.source_files import read_source_table
+
+    changes = found.changes_since(read_source_table(dataset))
+    return (
+        f"{store.storage.where('dataset')} was built from other files ({changes}; source.sha256: "
+        f"{_recorded_digest(dataset)[:12]}… -> {found.digest()[:12]}…); either put the files back, or give a new "
+        "'root' to build from those there are now"
+    )
+
+
+def hashtags_digests(recipe: Recipe, store: ArtifactStore) -> dict[str, str | None]:
+    """The digests of the files of hashtags; of the finished vocabulary's own record where a file is gone.
+
+    Until the vocabulary is finished they are read as well: a contradiction in them must not come up after the ingestion.
+    """
+    vocabulary = store.find("vocabulary")
+    places = {key: getattr(recipe.hashtags, key) for key in ("aliases", "allow", "deny")}
+    contents: dict[str, bytes | None] = {}
+    recorded: dict[str, str | None] = {}
+    for key, place in places.items():
+        try:
+            what = "the aliases" if key == "aliases" else "the list"
+            contents[key] = None if place is None else read_place(place, what, f"hashtags.{key}")
+        except DataError:
+            known = None if vocabulary is None else vocabulary.record.config.get(key, {}).get("sha256")
+            if known is None:
+                raise
+            recorded[key] = known
+    if vocabulary is None and any(places.values()):
+        from hardmoe.data.aliases import parse_rules
+
+        parse_rules(contents, places)
+    digests = {key: None if content is None else hashlib.sha256(content).hexdigest() for key, content in contents.items()}
+    return {**digests, **recorded}
+
+
+def features_digest(recipe: Recipe, store: ArtifactStore) -> str | None:
+    """The identity of features computed elsewhere; of the finished artifact's own record where the files are gone."""
+    if not recipe.features.path:
+        return None
+    try:
+        return features_inventory(recipe.features, store.storage).digest()
+    except DataError:
+        features = store.find("features")
+        if features is None or "external" not in features.record.config:
+            raise
+        recorded: str = features.record.config["external"]["sha256"]
+        return recorded
