@@ -16,7 +16,7 @@ _ROUND_DOUBLE = tl.constexpr(1.5 * 2.0**52)
 _ROUND_BITS = tl.constexpr(0x4338000000000000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def pass_over_rows(
     features_p: tl.tensor,
     high_p: tl.tensor,
