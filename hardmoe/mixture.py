@@ -8,7 +8,7 @@ not: rounding would make two doors to one mixture, whose last bits differ, diffe
 one alone must not cost a batch of 256; the last bits then depend on how many came together, as matrix products do.
 
 Rejected: one call that does everything, which a server with replicas for experts could not be built of; `see`, `route_seen`,
-`embed_seen` and `decode` are its steps.
+`embed_seen` (or `load_expert`, `features_of` and `align`, each where it is to be) and `decode` are its steps.
 
 Shape letters: N images, n some of them, S side in pixels, C channels of a map, H and W its sides, D features, Z unified dims,
 V tags.
@@ -102,17 +102,15 @@ class Mixture:
         self.options = options
         name = options.device
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        trunk = store.get("trunk")
-        architecture = architecture_of(trunk)
+        architecture = architecture_of(store.get("trunk"))
         self.reduced = architecture.reduced
         """Whether the JPEG decoder may scale down while it decodes."""
         self.image_size = architecture.image_size
         """S: images are resized (shorter side, then centre crop) to so many pixels."""
-        self.trunk = load_network(trunk).to(self.device)
         self.backbone = architecture.backbone
         """The name of the trunk's network."""
         most_bytes = None if options.memory_gib is None else int(options.memory_gib * 2**30)
-        self.experts: NetworkCache[TagClassifier] = NetworkCache(self._load_expert, most_bytes)
+        self.experts: NetworkCache[TagClassifier] = NetworkCache(self.load_expert, most_bytes)
         """The experts in memory."""
 
     @classmethod
@@ -142,6 +140,11 @@ class Mixture:
                 "be sent to an expert; take a run without features.path"
             )
         return cls(store, options)
+
+    @cached_property
+    def trunk(self) -> TagClassifier:
+        """Loaded when it is first wanted: whoever holds experts alone does without."""
+        return load_network(self.store.get("trunk")).to(self.device)
 
     @cached_property
     def router(self) -> Router:
@@ -238,9 +241,29 @@ class Mixture:
         for expert in np.unique(experts_N).tolist():
             rows = np.flatnonzero(experts_N == expert)
             features_nD = self._features(self.experts.get(expert), seen, rows, self.options.precision)
-            with torch.inference_mode():
-                unified_NZ[rows] = self.decoder.align(features_nD, torch.full((len(rows),), expert, dtype=torch.int64))
+            unified_NZ[rows] = self._aligned(features_nD, expert)
         return unified_NZ
+
+    def align(self, features_ND: torch.Tensor, experts_N: NDArray[np.int32]) -> torch.Tensor:
+        """Experts' own features, float32 [N, D], in the unified space, float32 [N, Z]; the expert is given for each row."""
+        unified_NZ = torch.empty(len(features_ND), self.decoder.dim)
+        for expert in np.unique(experts_N).tolist():
+            rows = np.flatnonzero(experts_N == expert)
+            unified_NZ[rows] = self._aligned(features_ND[rows], expert)
+        return unified_NZ
+
+    def features_of(self, expert: TagClassifier, seen: Seen) -> torch.Tensor:
+        """An expert's own features of the images, float32 [N, D] on the CPU; `align` takes them to the unified space."""
+        return self._features(expert, seen, np.arange(len(seen)), self.options.precision)
+
+    def load_expert(self, expert: int) -> TagClassifier:
+        """The network of an expert, read anew; `experts` has those in memory."""
+        artifact: Artifact = self.store.get(f"experts/{expert_name(expert)}")
+        return load_network(artifact).to(self.device)
+
+    def warm_up(self) -> None:
+        """Load trunk and router and route a black square: what is damaged, or slow the first time, shows before anybody waits."""
+        self.route_seen(self.see(np.zeros((1, 3, self.image_size, self.image_size), np.uint8)))
 
     def decode(self, unified_NZ: torch.Tensor) -> torch.Tensor:
         """Probabilities of all tags, float32 [N, V], of points of the unified space, [N, Z]."""
@@ -318,6 +341,6 @@ class Mixture:
             said = [torch.log_softmax(each_NV, dim=1) + weights_Nk[:, at, None] for at, each_NV in enumerate(logits)]
         return nearest_Nk[:, 0], torch.stack(said).logsumexp(0).exp()
 
-    def _load_expert(self, expert: int) -> TagClassifier:
-        artifact: Artifact = self.store.get(f"experts/{expert_name(expert)}")
-        return load_network(artifact).to(self.device)
+    def _aligned(self, features_nD: torch.Tensor, expert: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.decoder.align(features_nD, torch.full((len(features_nD),), expert, dtype=torch.int64))

@@ -1,25 +1,32 @@
-"""`hardmoe serve`: a mixture behind HTTP, in this process."""
+"""`hardmoe serve`: a mixture behind HTTP, which this process answers; what it computes, this process or replicas on a Ray do."""
 
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hardmoe.cli.common import existing_run
 from hardmoe.errors import MissingRecordError, RecipeError
 
+if TYPE_CHECKING:
+    from hardmoe.mixture import Mixture
+    from hardmoe.searching.search import SearchIndex
+    from hardmoe.serving.engine import Engine
+
 TOKEN_VARIABLE = "HARDMOE_TOKEN"
 _BACKLOG = 1024
 
 
-def serve_run(options: Mapping[str, Any], host: str, port: int, memory_gib: float | None, vectors: str | None) -> None:
+def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
     """Serve until interrupted.
 
     Raises:
         RecipeError: a package is missing, or the server would be open to others without a token.
+        BackendError: replicas are asked for, and do not start.
     """
     try:
         from hardmoe.serving.app import Service, build_app
@@ -27,8 +34,6 @@ def serve_run(options: Mapping[str, Any], host: str, port: int, memory_gib: floa
     except ImportError as error:
         raise RecipeError(f"serving needs a package that is missing ({error.name}); pip install 'hardmoe[serve]'") from error
     from hardmoe.mixture import Mixture, UseOptions
-    from hardmoe.searching.search import SearchIndex
-    from hardmoe.serving.engine import LocalEngine
     from hardmoe.serving.limits import Limits
 
     token = os.environ.get(TOKEN_VARIABLE) or None
@@ -38,19 +43,44 @@ def serve_run(options: Mapping[str, Any], host: str, port: int, memory_gib: floa
             "must send, or serve on 127.0.0.1"
         )
     storage, _ = existing_run(options)
-    mixture = Mixture.load(storage.uri, UseOptions(memory_gib=memory_gib))
+    mixture = Mixture.load(storage.uri, UseOptions(memory_gib=options["memory_gib"]))
+    index, limits = _index(mixture, storage.uri, options["vectors"]), Limits()
+    with _listening(host, port) as place, _engine(mixture, options, f"hardmoe-{socket.gethostname()}-{port}") as engine:
+        server = make_server(build_app(Service(mixture, engine, index, limits, token)), limits, host, port)
+        click.echo(f"serving {storage.where()} at http://{host}:{port} (the page, /docs, /metrics); Ctrl-C ends it", err=True)
+        server.run(sockets=[place])
+
+
+@contextmanager
+def _engine(mixture: "Mixture", options: Mapping[str, Any], name: str) -> "Iterator[Engine]":
+    """In this process, or replicas on a Ray under a name that is this door's."""
+    from hardmoe.serving.engine import LocalEngine
+
+    if options["address"] is None and options["replicas"] is None:
+        mixture.warm_up()
+        with closing(LocalEngine(mixture)) as engine:
+            yield engine
+        return
+    from hardmoe.serving.ray_app import ReplicaEngine, ReplicaOptions, on_ray
+
+    address = options["address"] or "local"
+    click.echo("starting replicas on " + ("a Ray of this machine" if address == "local" else f"the Ray at {address}"), err=True)
+    asked = ReplicaOptions(mixture.store.storage.uri, options["replicas"], options["memory_gib"])
+    with on_ray(address, asked, name) as (gates, experts):
+        yield ReplicaEngine(mixture, gates, experts)
+
+
+def _index(mixture: "Mixture", root: str, vectors: str | None) -> "SearchIndex | None":
+    """The index that was asked for, or the run's own if it has one."""
+    from hardmoe.searching.search import SearchIndex
+
     try:
-        index = SearchIndex.open(vectors or storage.uri, mixture)
+        return SearchIndex.open(vectors or root, mixture)
     except MissingRecordError as error:
         if vectors is not None:
             raise
-        index = None
         click.echo(f"{error}; serving without search", err=True)
-    engine, limits = LocalEngine(mixture), Limits()
-    server = make_server(build_app(Service(mixture, engine, index, limits, token), engine.close), limits, host, port)
-    with _listening(host, port) as place:
-        click.echo(f"serving {storage.where()} at http://{host}:{port} (the page, /docs, /metrics); Ctrl-C ends it", err=True)
-        server.run(sockets=[place])
+        return None
 
 
 def _listening(host: str, port: int) -> socket.socket:

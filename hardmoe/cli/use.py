@@ -116,14 +116,22 @@ def export(out: str, onnx: bool, programs: bool, **options: Any) -> None:
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a token in HARDMOE_TOKEN."
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=_PORT, show_default=True, help="Port to listen on.")
-@click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="What experts may take together.")
+@click.option(
+    "--memory-gib", type=click.FloatRange(min=0, min_open=True), help="What experts may take together, in each process."
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    help="Start Ray; at most so many replicas of the trunk, and as many that hold experts.",
+)
+@click.option("--address", help="Let replicas on this Ray cluster compute.")
 @_VECTORS
 @recipe_options
-def serve(host: str, port: int, memory_gib: float | None, vectors: str | None, **options: Any) -> None:
+def serve(host: str, port: int, **options: Any) -> None:
     """Serve the mixture over HTTP, with a page to try it, until interrupted."""
     from hardmoe.cli.serve import serve_run
 
-    serve_run(options, host, port, memory_gib, vectors)
+    serve_run(options, host, port)
 
 
 COMMANDS: list[click.Command] = [predict, embed, index, search, export, serve]

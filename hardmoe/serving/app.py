@@ -10,7 +10,6 @@ Rejected: a framework that reads requests by the handlers' annotations; bodies a
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files as package_files
 from typing import Any, TypeVar
@@ -31,6 +30,7 @@ from hardmoe.serving.limits import Limits, check_token, read_body
 from hardmoe.serving.metrics import Metrics
 from hardmoe.serving.schema import OCTETS, ImagesRequest, PredictRequest, SearchRequest, openapi
 
+_LONGEST_PLACE, _LONGEST_NUMBER = 200, 10
 Body = TypeVar("Body", bound=BaseModel)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
@@ -97,8 +97,8 @@ class Service:
 
     async def expert(self, request: Request) -> Response:
         """`GET /experts/{number}`: typical images of its part, as the run's report chose them."""
-        number: int = request.path_params["number"]
-        if number >= self.mixture.num_experts:
+        number = _number(request.path_params["number"], self.mixture.num_experts)
+        if number is None:
             raise HTTPException(404, f"there are experts 0 to {self.mixture.num_experts - 1}")
         parts = await asyncio.to_thread(self._parts)
         typical = parts[number]["typical"] if number < len(parts) else []
@@ -106,8 +106,8 @@ class Service:
 
     async def thumbnail(self, request: Request) -> Response:
         """`GET /thumbnails/{row}`."""
-        row: int = request.path_params["row"]
-        image = None if self.index is None or row >= len(self.index) else await asyncio.to_thread(self.index.thumbnail, row)
+        row = _number(request.path_params["row"], 0 if self.index is None else len(self.index))
+        image = None if self.index is None or row is None else await asyncio.to_thread(self.index.thumbnail, row)
         if image is None:
             raise HTTPException(404, "there is no such thumbnail")
         return Response(image, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
@@ -119,7 +119,7 @@ class Service:
 
     async def prometheus(self, request: Request) -> Response:
         """`GET /metrics`."""
-        self.metrics.experts_held.set(len(self.mixture.experts.numbers))
+        self.metrics.experts_held.set(await self.engine.num_held())
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def description(self, request: Request) -> Response:
@@ -144,7 +144,9 @@ class Service:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             status = 400 if first["type"] == "json_invalid" else 422
-            raise HTTPException(status, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from error
+            # A key that is not known is part of the place, and may be as long as the body.
+            place = ".".join(map(str, first["loc"]))[:_LONGEST_PLACE] or "the body"
+            raise HTTPException(status, f"{place}: {first['msg']}") from error
         if number is not None and getattr(asked, number) > most:
             raise HTTPException(413, f"{number} is {most} at most")
         if len(getattr(asked, "images", [])) > self.limits.max_images:
@@ -158,6 +160,12 @@ class Service:
             return await self.engine.embed(pixels_N3SS)
 
 
+def _number(text: str, end: int) -> int | None:
+    """A number below `end` in a path, or None; Python itself refuses to read one of thousands of digits."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER else end
+    return number if number < end else None
+
+
 def _of_image(model: type[Body], body: bytes, request: Request, number: str | None) -> Body:
     """A body that is an image, with its number from the query."""
     import base64
@@ -166,15 +174,15 @@ def _of_image(model: type[Body], body: bytes, request: Request, number: str | No
     given: dict[str, Any] = {"image": encoded} if model is SearchRequest else {"images": [encoded]}
     if number is not None and number in request.query_params:
         text = request.query_params[number]
-        given[number] = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+        given[number] = int(text) if text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER else text
     return model.model_validate(given)
 
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def build_app(service: Service, closing: Callable[[], None] = lambda: None) -> Starlette:
-    """The application of a service; `closing` is called at its end."""
+def build_app(service: Service) -> Starlette:
+    """The application of a service."""
 
     def route(path: str, handler: Handler, *, method: str = "GET", is_open: bool = False) -> Route:
         async def handle(request: Request) -> Response:
@@ -194,11 +202,6 @@ def build_app(service: Service, closing: Callable[[], None] = lambda: None) -> S
     async def docs_page(request: Request) -> Response:
         return HTMLResponse(page.joinpath("docs.html").read_text(encoding="utf-8"))
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> Any:
-        yield
-        closing()
-
     async def plain_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code, headers={**_HEADERS, **(error.headers or {})})
@@ -207,15 +210,15 @@ def build_app(service: Service, closing: Callable[[], None] = lambda: None) -> S
         route("/predict", service.predict, method="POST"),
         route("/embed", service.embed, method="POST"),
         route("/search", service.search, method="POST"),
-        route("/experts/{number:int}", service.expert),
-        route("/thumbnails/{row:int}", service.thumbnail),
+        route("/experts/{number}", service.expert),
+        route("/thumbnails/{row}", service.thumbnail),
         route("/health", service.health, is_open=True),
         route("/metrics", service.prometheus),
         route("/openapi.json", service.description, is_open=True),
         route("/docs", docs_page, is_open=True),
         route("/", index_page, is_open=True),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: plain_error})
+    return Starlette(routes=routes, exception_handlers={HTTPException: plain_error})
 
 
 async def _answered(service: Service, handler: Handler, request: Request, is_open: bool) -> Response:

@@ -1,14 +1,12 @@
-"""Answers for requests that come one by one, computed together: what arrives while a batch is at work is the next batch.
+"""Who embeds the images of requests, and the threads that decode them.
 
-Nobody waits for a batch to fill: an idle server answers at once, and a busy one has its batches filled by those who wait. Images
-are decoded by threads of their own, as decoders let go of the interpreter's lock. Rejected: waiting some milliseconds for
-company, which costs an idle server's only visitor that time; a process per core, each with all experts in memory.
+Images are decoded by threads of their own, as decoders let go of the interpreter's lock; the network takes them in `Batches`.
+Rejected: a process per core, each with all experts in memory.
 
 Shape letters: N images, S side in pixels, Z unified dims.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +18,12 @@ from numpy.typing import NDArray
 
 from hardmoe.errors import HardmoeError
 from hardmoe.mixture import Mixture
+from hardmoe.serving.batching import Batches
 
+MOST_IMAGES = 64
+"""In a batch."""
+MOST_WAITING = 1024
+"""Images; more are refused."""
 _DECODERS = 4
 
 
@@ -40,12 +43,30 @@ class Engine(Protocol):
     """Whoever embeds squares of pixels: this process, or replicas on a cluster."""
 
     async def embed(self, pixels_N3SS: NDArray[np.uint8]) -> Found:
-        """The expert and the place in the unified space of every image."""
+        """The expert and the place in the unified space of every image.
+
+        Raises:
+            BusyError: too many images are waiting.
+        """
+        ...
+
+    async def num_held(self) -> int:
+        """How many experts are in memory; one that two processes hold counts twice."""
         ...
 
 
+def refuse_beyond(most_waiting: int, num_waiting: int) -> None:
+    """Refuse what would wait behind too many.
+
+    Raises:
+        BusyError: it would.
+    """
+    if num_waiting > most_waiting:
+        raise BusyError("too many images are waiting; try again in a moment")
+
+
 class LocalEngine:
-    """See the module. Belongs to the event loop that it is first used in.
+    """The mixture in this process.
 
     Args:
         mixture: the mixture.
@@ -53,66 +74,40 @@ class LocalEngine:
         most_waiting: images waiting; more are refused.
     """
 
-    def __init__(self, mixture: Mixture, most_images: int = 64, most_waiting: int = 1024) -> None:
-        self._mixture = mixture
-        self._most_images, self._most_waiting = most_images, most_waiting
-        self._waiting: deque[tuple[NDArray[np.uint8], asyncio.Future[Found]]] = deque()
+    def __init__(self, mixture: Mixture, most_images: int = MOST_IMAGES, most_waiting: int = MOST_WAITING) -> None:
+        self._mixture, self._most_waiting = mixture, most_waiting
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mixture")
-        self._task: asyncio.Task[None] | None = None
-        self.num_batches = 0
+        self._batches: Batches[NDArray[np.uint8], Found] = Batches(self._compute, self._worker, most_images)
+
+    @property
+    def num_batches(self) -> int:
         """How many batches were computed."""
+        return self._batches.num_batches
 
     async def embed(self, pixels_N3SS: NDArray[np.uint8]) -> Found:
-        """See `Engine`.
+        """See `Engine`."""
+        refuse_beyond(self._most_waiting, self._batches.num_waiting + len(pixels_N3SS))
+        return await self._batches(pixels_N3SS, len(pixels_N3SS))
 
-        Raises:
-            BusyError: too many images are waiting.
-        """
-        if sum(len(pixels) for pixels, _ in self._waiting) + len(pixels_N3SS) > self._most_waiting:
-            raise BusyError("too many images are waiting; try again in a moment")
-        future: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        self._waiting.append((pixels_N3SS, future))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._work())
-        return await future
+    async def num_held(self) -> int:
+        """See `Engine`."""
+        return len(self._mixture.experts.numbers)
 
-    async def _work(self) -> None:
-        """Batch after batch until nobody waits."""
-        while self._waiting:
-            batch = self._next_batch()
-            pixels_N3SS = np.concatenate([pixels for pixels, _ in batch])
-            try:
-                found = await asyncio.get_running_loop().run_in_executor(self._worker, self._compute, pixels_N3SS)
-            except Exception as error:  # noqa: BLE001 - whoever waits must be told, whatever it is
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            start = 0
-            for pixels, future in batch:
-                rows = slice(start, start := start + len(pixels))
-                if not future.done():
-                    future.set_result(Found(found.experts_N[rows], found.unified_NZ[rows]))
-
-    def _next_batch(self) -> list[tuple[NDArray[np.uint8], "asyncio.Future[Found]"]]:
-        """As many requests as fit, one at least; those whose sender is gone are left out."""
-        batch: list[tuple[NDArray[np.uint8], asyncio.Future[Found]]] = []
-        images = 0
-        while self._waiting and (not batch or images + len(self._waiting[0][0]) <= self._most_images):
-            pixels, future = self._waiting.popleft()
-            batch.append((pixels, future))
-            images += len(pixels)
-        return batch
-
-    def _compute(self, pixels_N3SS: NDArray[np.uint8]) -> Found:
-        self.num_batches += 1
-        seen = self._mixture.see(pixels_N3SS)
+    def _compute(self, together: Sequence[NDArray[np.uint8]]) -> list[Found]:
+        seen = self._mixture.see(np.concatenate(together))
         experts_N = self._mixture.route_seen(seen)
-        return Found(experts_N, self._mixture.embed_seen(seen, experts_N))
+        unified_NZ = self._mixture.embed_seen(seen, experts_N)
+        return [Found(experts_N[rows], unified_NZ[rows]) for rows in slices([len(each) for each in together])]
 
     def close(self) -> None:
         """Let the worker end."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+
+
+def slices(lengths: Sequence[int]) -> list[slice]:
+    """Where each of some arrays lies once they are concatenated."""
+    ends = np.cumsum(lengths).tolist()
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 
 class Decoders:

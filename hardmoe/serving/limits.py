@@ -50,7 +50,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """
     too_large = HTTPException(413, f"the body is larger than {limits.max_body_bytes:,} bytes", headers={"Connection": "close"})
     declared = request.headers.get("content-length")
-    if declared is not None and (not declared.isdigit() or len(declared) > 18):
+    if declared is not None and (not (declared.isascii() and declared.isdigit()) or len(declared) > 18):
         raise HTTPException(400, "the header Content-Length is no number")
     if declared is not None and int(declared) > limits.max_body_bytes:
         raise too_large

@@ -5,7 +5,8 @@ in the query. Rejected: multipart forms, whose parsers have a history of their o
 """
 
 import base64
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -98,6 +99,21 @@ class SearchAnswer(_Strict):
     neighbours: list[Near]
 
 
+class ExpertAnswer(_Strict):
+    """What an expert sees."""
+
+    expert: int
+    typical: list[str] = Field(description="Images of its part, as data: URLs.")
+
+
+class HealthAnswer(_Strict):
+    """What there is."""
+
+    status: Literal["ready"]
+    experts: int
+    indexed: int | None = Field(description="Images in the index.")
+
+
 class Problem(_Strict):
     """Why there is no answer."""
 
@@ -107,21 +123,22 @@ class Problem(_Strict):
 _ERRORS = {
     "400": "an image that cannot be decoded, or a body that is no JSON",
     "401": "no token, or a wrong one",
-    "404": "no such hashtag",
+    "404": "no such hashtag, expert or image",
     "408": "the body took too long",
     "413": "the body, or a number, is too large",
     "415": "a content type that is neither JSON nor an image",
     "422": "JSON of another shape",
     "500": "a mistake of the server's",
-    "503": "too much is waiting, or there is no index",
+    "503": "too much is waiting, too many are connected, or there is no index",
 }
 
 
 def openapi(version: str, limits: Limits, token: str | None) -> dict[str, Any]:
     """The description of all that is served, as OpenAPI 3.1."""
-    models = (PredictRequest, ImagesRequest, SearchRequest, PredictAnswer, EmbedAnswer, SearchAnswer, Problem)
+    requests: list[type[BaseModel]] = [PredictRequest, ImagesRequest, SearchRequest]
+    answers: list[type[BaseModel]] = [PredictAnswer, EmbedAnswer, SearchAnswer, ExpertAnswer, HealthAnswer, Problem]
     schemas: dict[str, Any] = {}
-    for model in models:
+    for model in (*requests, *answers):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
@@ -129,8 +146,10 @@ def openapi(version: str, limits: Limits, token: str | None) -> dict[str, Any]:
         "/predict": _post("Hashtags of images.", PredictRequest, PredictAnswer, ("k", limits.max_tags)),
         "/embed": _post("Places of images in the unified space.", ImagesRequest, EmbedAnswer, None),
         "/search": _post("Images nearest to an image or a hashtag.", SearchRequest, SearchAnswer, ("n", limits.max_neighbours)),
-        "/health": {"get": {"summary": "Whether it is ready.", "responses": {"200": {"description": "It is."}}}},
-        "/metrics": {"get": {"summary": "Numbers for Prometheus.", "responses": {"200": {"description": "Its text format."}}}},
+        "/experts/{number}": _get("Typical images of an expert's part.", ExpertAnswer, ("401", "404", "503"), "number"),
+        "/thumbnails/{row}": _get("An image of the index, small.", "image/jpeg", ("401", "404", "503"), "row"),
+        "/health": _get("Whether it is ready.", HealthAnswer, ("503",)),
+        "/metrics": _get("Numbers for Prometheus.", "text/plain", ("401", "503")),
     }
     body: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -144,16 +163,38 @@ def openapi(version: str, limits: Limits, token: str | None) -> dict[str, Any]:
     return body
 
 
-def _post(summary: str, request: type[BaseModel], answer: type[BaseModel], number: tuple[str, int] | None) -> dict[str, Any]:
-    def ref(model: type[BaseModel]) -> dict[str, Any]:
-        return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+def _ref(model: type[BaseModel]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
 
-    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": ref(answer)}}
-    responses |= {code: {"description": words, "content": ref(Problem)} for code, words in _ERRORS.items()}
+
+def _problems(codes: Iterable[str]) -> dict[str, Any]:
+    """Answers without what was asked for; too many connections are answered in plain text, before anything is read."""
+    found = {code: {"description": _ERRORS[code], "content": _ref(Problem)} for code in codes}
+    if "503" in found:
+        found["503"]["content"] = {**_ref(Problem), "text/plain": {"schema": {"type": "string"}}}
+    return found
+
+
+def _get(summary: str, answer: type[BaseModel] | str, problems: Iterable[str], number: str | None = None) -> dict[str, Any]:
+    """An operation whose answer is JSON or of another content type, and whose path may end in a number."""
+    plain = {"type": "string"} if answer == "text/plain" else {"type": "string", "format": "binary"}
+    content = {answer: {"schema": plain}} if isinstance(answer, str) else _ref(answer)
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "responses": {"200": {"description": "The answer.", "content": content}, **_problems(problems)},
+    }
+    if number is not None:
+        schema = {"type": "integer", "minimum": 0}
+        operation["parameters"] = [{"name": number, "in": "path", "required": True, "schema": schema}]
+    return {"get": operation}
+
+
+def _post(summary: str, request: type[BaseModel], answer: type[BaseModel], number: tuple[str, int] | None) -> dict[str, Any]:
+    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": _ref(answer)}, **_problems(_ERRORS)}
     image = {"schema": {"type": "string", "format": "binary"}}
     operation: dict[str, Any] = {
         "summary": summary,
-        "requestBody": {"required": True, "content": {**ref(request), OCTETS: image, "image/*": image}},
+        "requestBody": {"required": True, "content": {**_ref(request), OCTETS: image, "image/*": image}},
         "responses": responses,
     }
     if number is not None:

@@ -49,6 +49,7 @@ def make_server(app: Starlette, limits: Limits, host: str, port: int) -> uvicorn
         port=port,
         http=type("Protocol", (_Protocol,), {"header_seconds": limits.body_seconds}),
         log_level="warning",
+        ws="none",
         limit_concurrency=limits.max_connections,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=30,

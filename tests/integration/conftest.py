@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import TWO_LEVEL, hardmoe, run_here, write_recipe
+from support import PREPARATION, TWO_LEVEL, copied_run, hardmoe, invoke, run_here, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +47,15 @@ def two_level_root(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> 
 
 
 @pytest.fixture(scope="session")
+def branched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run with experts that branch off behind a stage; returns its root."""
+    directory = tmp_path_factory.mktemp("branched")
+    root = copied_run(finished, directory, keep=PREPARATION)
+    run_here(directory, "evaluate", "--set", "experts.branch_at=layer2", "--set", "evaluation.map_replicates=2")
+    return root
+
+
+@pytest.fixture(scope="session")
 def resharded_root(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """The same images from five source files instead of three, in eleven dataset shards instead of four."""
     directory = tmp_path_factory.mktemp("resharded")
@@ -58,3 +67,12 @@ def resharded_root(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Pa
     write_recipe(directory, dataset={"shard_rows": 47})
     run_here(directory, "evaluate")
     return directory / "runs" / "small"
+
+
+@pytest.fixture(scope="session")
+def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run's mixture, exported with everything."""
+    folder = tmp_path_factory.mktemp("exported") / "hub"
+    result = invoke(finished, "export", "--root", "runs/small", "--out", str(folder), "--onnx", "--programs")
+    assert result.returncode == 0, result.stderr
+    return folder

@@ -43,12 +43,8 @@ def mixture(finished: Path) -> Mixture:
 
 
 @pytest.fixture(scope="module")
-def folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run, exported with everything."""
-    folder = tmp_path_factory.mktemp("exported") / "hub"
-    result = invoke(finished, "export", "--root", "runs/small", "--out", str(folder), "--onnx", "--programs")
-    assert result.returncode == 0, result.stderr
-    return folder
+def folder(exported: Path) -> Path:
+    return exported
 
 
 def by_a_stranger(folder: Path, images: list[str]) -> tuple[list, np.ndarray]:

@@ -1,14 +1,11 @@
 """`hardmoe serve`: real requests over real sockets, against the mixture itself."""
 
-import base64
-import http.client
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hostile_base import picture, saved
+from served import ask, encoded, request, serving
 from support import copied_run, invoke, refusal
 
 from hardmoe.cli.main import cli
 from hardmoe.mixture import Mixture
 from hardmoe.searching.search import SearchIndex
-from hardmoe.serving.app import Service, build_app
+from hardmoe.serving.app import Service
 from hardmoe.serving.engine import LocalEngine
 from hardmoe.serving.limits import Limits
-from hardmoe.serving.server import make_server
 
 LIMITS = Limits(max_body_bytes=200_000, max_pixels=1_000_000, max_images=32, body_seconds=1.0)
 
@@ -47,26 +45,6 @@ def images(finished: Path) -> list[bytes]:
     return pq.read_table(finished / "photos" / "0.parquet")["image"].to_pylist()[:24]
 
 
-@contextmanager
-def serving(service: Service) -> Iterator[int]:
-    """A server in a thread; its port."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = make_server(build_app(service), service.limits, "127.0.0.1", listening.getsockname()[1])
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        until = time.monotonic() + 60
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < until
-            threading.Event().wait(0.01)
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def service(mixture: Mixture, root: Path) -> Service:
     return Service(mixture, LocalEngine(mixture), SearchIndex.open(str(root), mixture), LIMITS)
@@ -76,26 +54,6 @@ def service(mixture: Mixture, root: Path) -> Service:
 def port(service: Service) -> Iterator[int]:
     with serving(service) as port:
         yield port
-
-
-def request(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
-def ask(port: int, path: str, body: Any) -> Any:
-    status, answer = request(port, "POST", path, json.dumps(body).encode(), Content_Type="application/json")
-    assert status == 200, answer
-    return json.loads(answer)
-
-
-def encoded(images: list[bytes]) -> list[str]:
-    return [base64.b64encode(image).decode() for image in images]
 
 
 def test_tags_and_places_are_those_of_the_mixture_in_both_forms(port: int, images: list[bytes], mixture: Mixture) -> None:
@@ -166,6 +124,17 @@ PNG_BOMB = (
         ("/search", "application/json", b'{"tag": "a", "image": "QUFB"}', 422),
         ("/search", "application/json", b"{}", 422),
         ("/search", "application/json", b"\xff\xfe", 400),
+        ("/search", "application/json", b'{"tag": "\\ud800"}', 400),
+        ("/search", "application/json", b'{"tag": 7}', 422),
+        ("/search", "application/json", b'{"tag": "a", "n": 1e999}', 422),
+        ("/search", "application/json", b'{"tag": "a", "n": ' + b"9" * 5000 + b"}", 400),
+        ("/search", "application/json", b'{"tag": "a", "n": ' + b"9" * 30 + b"}", 413),
+        ("/predict", "application/json", b"[" * 100_000, 400),
+        ("/predict", "application/json", b'{"images": {"0": "QUFB"}}', 422),
+        ("/predict", "application/json", b'{"images": ["QUFB"], "' + b"k" * 100_000 + b'": 1}', 422),
+        ("/predict?k=" + "9" * 5000, "image/png", b"a", 422),
+        ("/embed", "image/png", saved(picture(), "PNG")[:-30], 400),
+        ("/embed", "image/jpeg", saved(picture(), "JPEG")[:700], 400),
         ("/nowhere", "application/json", b"{}", 404),
         ("/health", "application/json", b"{}", 405),
     ],
@@ -175,8 +144,15 @@ def test_request_that_cannot_be_answered_has_its_status_and_a_sentence(
 ) -> None:
     found, answer = request(port, "POST", path, body, Content_Type=kind)
     assert (found, status) == (status, found), answer
-    assert json.loads(answer)["error"]
+    assert 0 < len(json.loads(answer)["error"]) < 500
     assert request(port, "GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("number", ["-1", "x", "%C2%B2", "1e3", "9" * 5000, "999999999"])
+def test_number_that_is_none_of_an_expert_or_a_thumbnail_is_not_found(port: int, number: str) -> None:
+    for path in ("/experts", "/thumbnails"):
+        status, answer = request(port, "GET", f"{path}/{number}")
+        assert status == 404 and json.loads(answer)["error"]
 
 
 def test_slow_senders_and_silent_connections_are_ended(port: int) -> None:
@@ -222,7 +198,8 @@ def test_token_is_asked_for_and_search_without_an_index_says_what_to_do(mixture:
 
 def test_description_names_every_route_and_metrics_count_requests(port: int, images: list[bytes]) -> None:
     described = json.loads(request(port, "GET", "/openapi.json")[1])
-    assert set(described["paths"]) == {"/predict", "/embed", "/search", "/health", "/metrics"}
+    posts, gets = {"/predict", "/embed", "/search"}, {"/experts/{number}", "/thumbnails/{row}", "/health", "/metrics"}
+    assert set(described["paths"]) == posts | gets
 
     def references(node: Any) -> Iterator[str]:
         if isinstance(node, dict):

@@ -155,15 +155,6 @@ def test_start_that_cannot_be_is_refused_before_anything_is_built(prepared: Path
     assert not list((prepared / "experts").glob("*/model.safetensors"))
 
 
-@pytest.fixture(scope="module")
-def branched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run with experts that branch off behind a stage; returns its root."""
-    directory = tmp_path_factory.mktemp("branched")
-    root = copied_run(finished, directory, keep=PREPARATION)
-    run_here(directory, "evaluate", *sets("experts.branch_at=layer2", "evaluation.map_replicates=2"))
-    return root
-
-
 def test_experts_that_branch_off_are_the_trunk_up_to_there(branched: Path) -> None:
     trunk = weights(branched / "trunk")
     shared = {name for name in trunk if name.startswith(tuple(f"backbone.network.{n}" for n in ("stem", "blocks.0", "blocks.1")))}

@@ -102,7 +102,7 @@ def _serve(commands: Sequence[str], directory: Path, environment: dict[str, str]
     with subprocess.Popen(command.split(), cwd=directory, env=environment, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         told = server.stderr.readline()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:

@@ -41,7 +41,7 @@ COMMANDS: dict[str, set[str]] = {
     | {"--list", "--logs", "--stop", "--debug"},
     "plan": RECIPE | {"--images", "--image-bytes", "--experts", "--gpus", "--nodes", "--cpus", "--calibrate", "--rate", "--json"},
     "export": RECIPE | {"-o", "--out", "--onnx", "--programs"},
-    "serve": RECIPE | {"--host", "--port", "--memory-gib", "--vectors"},
+    "serve": RECIPE | {"--host", "--port", "--memory-gib", "--vectors", "--replicas", "--address"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

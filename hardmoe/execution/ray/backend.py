@@ -7,7 +7,6 @@ and Ray Workflows (removed from Ray after 2.47).
 """
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from hardmoe.errors import BackendError
 from hardmoe.execution.measures import Measure
-from hardmoe.execution.ray.connection import init
+from hardmoe.execution.ray.connection import init, own_ray
 from hardmoe.execution.ray.exporting import Exporter
 from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
@@ -25,7 +24,6 @@ from hardmoe.execution.slots import Slots
 from hardmoe.execution.task import UnitOutcome, UnitTask
 from hardmoe.stage import Resources
 
-_OBJECT_STORE_BYTES = 128 * 2**20
 _LOOK_SECONDS = 5.0
 
 
@@ -130,12 +128,7 @@ class RayBackend:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address == "local":
             self._temporary = make_scratch()
-            options |= {
-                "num_cpus": max(os.cpu_count() or 1, least_cpus),
-                "include_dashboard": False,
-                "object_store_memory": _OBJECT_STORE_BYTES,
-                "_temp_dir": str(self._temporary),
-            }
+            options |= own_ray(least_cpus, self._temporary)
         init(self._address, options)
         import ray
 

@@ -5,6 +5,7 @@ Ray itself waits minutes for a head node that is not there, and tells a version 
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 from hardmoe.errors import BackendError
@@ -12,6 +13,7 @@ from hardmoe.errors import BackendError
 CONNECT_SECONDS = 5.0
 TOKEN_REMEDY = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
 _MOST_OF_A_GROUP = 1024
+_OBJECT_STORE_BYTES = 128 * 2**20
 
 
 def prepare_environment() -> None:
@@ -44,6 +46,21 @@ def init(address: str, options: dict[str, Any]) -> None:
     except SystemExit as end:
         # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.
         raise KeyboardInterrupt from end
+
+
+def own_ray(num_cpus: int, directory: Path) -> dict[str, Any]:
+    """Options of `init` for a Ray of our own on this machine.
+
+    Args:
+        num_cpus: at least so many CPUs, whether the machine has them or not.
+        directory: where it keeps its sockets and logs.
+    """
+    return {
+        "num_cpus": max(os.cpu_count() or 1, num_cpus),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_temp_dir": str(directory),
+    }
 
 
 def living_nodes() -> list[dict[str, float]]:
