@@ -32,8 +32,8 @@ from hardmoe.neighbours.engine import Engine
 
 _BLOCK_ELEMENTS = 2**16  # float64 values of a block of differences: 512 kB stays in one core's cache
 _RETRY_ELEMENTS = 2**22  # float64 values of one block of undecided rows
-_UNDERFLOW = 2.0**-124  # 4 smallest normal float32 numbers: what flushing a few terms to zero may cost, per dimension
-_LARGEST_NORM = 2.0**60  # beyond it |x|^2 + |c|^2 may overflow float32 although the distance is small
+UNDERFLOW = 2.0**-124  # 4 smallest normal float32 numbers: what flushing a few terms to zero may cost, per dimension
+LARGEST_NORM = 2.0**60  # beyond it |x|^2 + |c|^2 may overflow float32 although the distance is small
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,21 @@ def decision_margins(norms_N: NDArray[np.float64], largest: float, dim: int) -> 
         largest: the largest |c|.
         dim: D.
     """
-    margins_N = 2.0 * _error_bound(norms_N, largest, dim, 2.0**-24, _UNDERFLOW)
-    margins_N[norms_N + largest > _LARGEST_NORM] = np.inf
+    margins_N = 2.0 * _error_bound(norms_N, largest, dim, 2.0**-24, UNDERFLOW)
+    margins_N[norms_N + largest > LARGEST_NORM] = np.inf
     return margins_N
+
+
+def margin_terms(dim: int, unit: float, underflow: float = UNDERFLOW) -> tuple[float, float]:
+    """The margin of `decision_margins` as a factor of (|x| + largest)^2 and a constant, for who computes it elsewhere.
+
+    Args:
+        dim: D.
+        unit: of the arithmetic's rounding, at least half of what one addition can lose.
+        underflow: what flushing one dimension's product to zero may cost.
+    """
+    factor = 2.0 * float(_error_bound(np.ones(1), 0.0, dim, unit, 0.0)[0])
+    return factor, 2.0 * (dim + 2) * underflow
 
 
 def exact_nearest(
@@ -210,7 +222,12 @@ def refuse_non_finite(features_ND: NDArray[np.float32], norms_N: NDArray[np.floa
     suspects = np.flatnonzero(~np.isfinite(norms_N))
     num_bad = int((~np.isfinite(features_ND[suspects]).all(axis=1)).sum())
     if num_bad:
-        raise DataError(
-            f"{num_bad} of {len(features_ND)} features hold NaN or infinity: the trunk diverged or overflows float16, "
-            "so train it again with a lower learning rate or take another one"
-        )
+        raise non_finite(num_bad, len(features_ND))
+
+
+def non_finite(num_bad: int, num_rows: int) -> DataError:
+    """What is said of features that hold NaN or infinity."""
+    return DataError(
+        f"{num_bad} of {num_rows} features hold NaN or infinity: the trunk diverged or overflows float16, "
+        "so train it again with a lower learning rate or take another one"
+    )

@@ -66,6 +66,11 @@ def choose_engine() -> Engine:
     return _torch_engine()
 
 
+def device_of(engine: Engine) -> str | None:
+    """Where torch can do the rest of a pass beside the search; None where that is a CPU, or torch is built for one."""
+    return "cuda" if engine.on_gpu and _torch_sees_gpu() else None
+
+
 def _torch_sees_gpu() -> bool:
     import torch
 

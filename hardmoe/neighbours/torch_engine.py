@@ -17,8 +17,8 @@ _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of features plus distances: on
 
 
 @contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
-    """TF32 and autocast off: they would break the error bound that `Engine` promises."""
+def full_float32(device_type: str) -> Iterator[None]:
+    """TF32, autocast and gradients off: the first two would break the error bound that `Engine` promises."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -45,7 +45,7 @@ class TorchEngine:
         indices_NC = np.empty((num_rows, count), np.int64)
         squared_distances_NC = np.empty((num_rows, count), np.float32)
         tile_rows = max(1, _TILE_ELEMENTS.get(self._device.type, 2**20) // (dim + len(centroids_KD)))
-        with _full_float32(self._device.type):
+        with full_float32(self._device.type):
             centroids = torch.tensor(centroids_KD, device=self._device)
             for start in range(0, num_rows, tile_rows):
                 rows = slice(start, start + tile_rows)

@@ -169,6 +169,18 @@ class FarthestPoints:
                 return cls(distances_N[chosen], ids_N16[chosen], features_ND[chosen], capacity)
             wanted *= 8  # copies crowded the distinct points out
 
+    @classmethod
+    def among(
+        cls,
+        features_ND: NDArray[np.float32],
+        ids_N16: NDArray[np.uint8],
+        distances_N: NDArray[np.float64],
+        capacity: int,
+    ) -> Self:
+        """The farthest points of rows that are all looked at; `from_batch` looks at as few as it can."""
+        kept = _farthest_distinct(distances_N, ids_N16, features_ND, capacity)
+        return cls(distances_N[kept], ids_N16[kept], features_ND[kept], capacity)
+
     def __add__(self, other: "FarthestPoints") -> "FarthestPoints":
         if self.capacity != other.capacity:
             raise ValueError(f"farthest points of capacities {self.capacity} and {other.capacity} cannot be joined")

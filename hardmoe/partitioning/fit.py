@@ -25,7 +25,7 @@ from hardmoe.neighbours.assignment import assign
 from hardmoe.neighbours.engine import choose_engine
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.grouping import Borders, group_clusters
-from hardmoe.partitioning.kmeans import KMeansFit, PassSums, refine, scan_batch
+from hardmoe.partitioning.kmeans import KMeansFit, PassSums, refine, scan_batches
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.scan import blas_threads
 from hardmoe.partitioning.starting import Ladder, best_start, rung_rows
@@ -136,9 +136,8 @@ class RouterWork:
                 borders += Borders.of(assign(transform(features_ND), centroids_KD, engine), size)
             save_arrays(context.scratch("borders"), borders.to_arrays())
             return {"rows": int(borders.counts_F.sum())}
-        total = PassSums.zero(*centroids_KD.shape)
-        for ids_N16, features_ND in read_features(features, path):
-            total += scan_batch(transform(features_ND), ids_N16, centroids_KD, engine)
+        batches = ((transform(features_ND), ids_N16) for ids_N16, features_ND in read_features(features, path))
+        total = scan_batches(batches, centroids_KD, engine)
         save_arrays(context.scratch("sums"), total.to_arrays())
         return {"rows": total.sums.num_rows}
 

@@ -21,15 +21,18 @@ Shape letters: N examples, D feature dim, K clusters.
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hardmoe.neighbours.assignment import sum_of_squares
-from hardmoe.neighbours.engine import Engine, choose_engine
+from hardmoe.neighbours.engine import Engine, choose_engine, device_of
 from hardmoe.partitioning.exact_sums import ClusterSums, FarthestPoints
 from hardmoe.partitioning.scan import scan
+
+if TYPE_CHECKING:
+    from hardmoe.partitioning.device_features import Piece
 
 _MOST_RESEEDS = 64  # farthest points a batch reports: what a pass can repair; any further empty cluster waits for the next
 
@@ -121,6 +124,21 @@ def scan_batch(
     return PassSums(sums, FarthestPoints.from_batch(features_ND, ids_N16, assignment, min(num_clusters, _MOST_RESEEDS)))
 
 
+def scan_batches(
+    batches: Iterable[tuple[NDArray[np.float32], NDArray[np.uint8]]], centroids_KD: NDArray[np.float32], engine: Engine
+) -> PassSums:
+    """A pass over batches that come one after the other, such as a shard's: features and ids, as of `scan_batch`."""
+    if (device := device_of(engine)) is None:
+        found = (scan_batch(features_ND, ids_N16, centroids_KD, engine) for features_ND, ids_N16 in batches)
+        return sum(found, start=PassSums.zero(*centroids_KD.shape))
+    import torch
+
+    from hardmoe.partitioning.device_features import as_tensor, staged
+
+    pieces = staged(((as_tensor(features_ND), ids_N16) for features_ND, ids_N16 in batches), torch.device(device))
+    return _scan_pieces(pieces, centroids_KD, device)
+
+
 def update(found: PassSums, centroids_KD: NDArray[np.float32], spherical: bool = False) -> Updated:
     """Move every centroid to the mean of its rows, and empty clusters to the rows farthest from their centroids.
 
@@ -207,8 +225,18 @@ def scan_in_memory(
     batch_size: int,
     run: Mapper,
 ) -> Callable[[NDArray[np.float32]], PassSums]:
-    """A pass over features in memory, for `refine_with`; `run` is `map` or a pool's."""
+    """A pass over features in memory, for `refine_with`; `run` is `map` or a pool's.
+
+    Where there is a GPU the features are put there, once for all passes if they fit, and batches are what suits it.
+    """
     engine = choose_engine()
+    if (device := device_of(engine)) is not None:
+        import torch
+
+        from hardmoe.partitioning.device_features import place
+
+        placed = place(features_ND, ids_N16, torch.device(device))
+        return lambda centroids_KD: _scan_pieces(placed.pieces(), centroids_KD, device)
 
     def scan_all(centroids_KD: NDArray[np.float32]) -> PassSums:
         def scan_from(start: int) -> PassSums:
@@ -219,3 +247,12 @@ def scan_in_memory(
         return sum(run(scan_from, starts), start=PassSums.zero(*centroids_KD.shape))
 
     return scan_all
+
+
+def _scan_pieces(pieces: "Iterable[Piece]", centroids_KD: NDArray[np.float32], device: str) -> PassSums:
+    """A pass over features on a device."""
+    import torch
+
+    from hardmoe.partitioning.device_features import scan_pieces
+
+    return PassSums(*scan_pieces(pieces, centroids_KD, torch.device(device), min(len(centroids_KD), _MOST_RESEEDS)))

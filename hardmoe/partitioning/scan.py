@@ -1,9 +1,10 @@
 """One batch of a pass of k-means: every row to its nearest centroid, and all rows into exact sums.
 
 On a CPU a block of rows goes through the matrix product and the three compiled loops of `kernels` while it is in the cache.
-Where Numba is not installed, a GPU searches, or the batch is small, `assign` and `ClusterSums.from_batch` give the same bits
-by several passes over memory. Rejected: skipping the search for rows whose centroid cannot have changed (Hamerly, Elkan), which
-needs a bound per row kept between the passes, and so state that a killed pass would lose.
+Where Numba is not installed or the batch is small, `assign` and `ClusterSums.from_batch` give the same bits by several passes
+over memory; where there is a GPU, `device_pass` gives them without copying rows back. Rejected: skipping the search for rows
+whose centroid cannot have changed (Hamerly, Elkan), which needs a bound per row kept between the passes, and so state that a
+killed pass would lose.
 
 Shape letters: N examples, B rows of a block, D feature dim, K clusters.
 """
@@ -12,11 +13,10 @@ from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
 import numpy as np
-import threadpoolctl
 from numpy.typing import NDArray
 
 from hardmoe.neighbours.assignment import Assignment, assign, decision_margins, exact_nearest, refuse_non_finite
-from hardmoe.neighbours.engine import Engine
+from hardmoe.neighbours.engine import Engine, device_of
 from hardmoe.partitioning.exact_sums import ClusterSums
 
 _BLOCK_PRODUCTS = 2**17
@@ -38,6 +38,12 @@ def scan(features_ND: NDArray[np.float32], centroids_KD: NDArray[np.float32], en
     Raises:
         DataError: a feature is NaN, infinite or too large to be summed exactly.
     """
+    if (device := device_of(engine)) is not None:
+        import torch
+
+        from hardmoe.partitioning.device_pass import scan_on
+
+        return scan_on(torch.device(device), features_ND, centroids_KD)
     if engine.on_gpu or len(centroids_KD) == 1 or features_ND.size < _LEAST_VALUES or find_spec("numba") is None:
         assignment = assign(features_ND, centroids_KD, engine)
         nowhere_N = np.full(len(features_ND), -1, np.int32)
@@ -51,6 +57,8 @@ def blas_threads(count: int) -> AbstractContextManager[object]:
 
     Two scanning threads whose products start two threads each take 2.1 times as long as with one each.
     """
+    import threadpoolctl  # not needed by a machine that scans on its GPU only
+
     limits: AbstractContextManager[object] = threadpoolctl.threadpool_limits(count, user_api="blas")
     return limits
 

@@ -29,6 +29,11 @@ def test_module_opens_with_a_docstring(path: Path) -> None:
     assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), f"{path} does not say what it is for"
 
 
+def _is_triton_program(function: Function) -> bool:
+    """A program for a GPU takes pointers, numbers and sizes one by one: it knows no objects to group them in."""
+    return any("triton.jit(" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def test_files_and_functions_of_the_package_stay_readable() -> None:
     found = [f"{path}: {count} lines" for path in MODULES if (count := len(path.read_text().splitlines())) > MOST_LINES]
     for path in MODULES:
@@ -36,7 +41,7 @@ def test_files_and_functions_of_the_package_stay_readable() -> None:
             lines = (function.end_lineno or function.lineno) - function.lineno + 1
             if lines > MOST_FUNCTION_LINES:
                 found.append(f"{path}:{function.lineno} {function.name}: {lines} lines")
-            if len(_arguments(function)) > MOST_ARGUMENTS:
+            if len(_arguments(function)) > MOST_ARGUMENTS and not _is_triton_program(function):
                 found.append(f"{path}:{function.lineno} {function.name}: {len(_arguments(function))} arguments")
     assert found == []
 
