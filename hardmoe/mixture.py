@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
@@ -40,7 +41,7 @@ from hardmoe.models.shared_decoder import SharedDecoder, load_shared_decoder
 from hardmoe.partitioning.regroup import load_router
 from hardmoe.partitioning.router import Router
 from hardmoe.storage import open_storage
-from hardmoe.training.inference import predict_features, predict_from_maps
+from hardmoe.training.inference import batch_sizes, predict_features, predict_from_maps
 from hardmoe.training.network import architecture_of, load_network
 from hardmoe.training.staging import inference_batch_size
 
@@ -228,8 +229,10 @@ class Mixture:
         if self.shared_stage is None or not len(pixels_N3SS):
             return Seen(pixels_N3SS)
         shared = split(self.trunk.backbone, self.shared_stage, self.backbone).shared
-        batches = predict_features(shared, [pixels_N3SS], self._batch_size(len(pixels_N3SS)), self.device)
-        return Seen(pixels_N3SS, torch.cat(list(batches)))
+        found = [
+            predict_features(shared, [pixels_N3SS[rows]], size, self.device) for rows, size in self._batches(len(pixels_N3SS))
+        ]
+        return Seen(pixels_N3SS, torch.cat([maps_BCHW for batches in found for maps_BCHW in batches]))
 
     def route_seen(self, seen: Seen) -> NDArray[np.int32]:
         """The expert of every image, int32 [N]."""
@@ -287,26 +290,31 @@ class Mixture:
         experts_N, probabilities_NV = self._mixed(seen, experts, temperature)
         return self.best(probabilities_NV, experts_N, k)
 
-    def _batch_size(self, num_images: int) -> int:
-        """A power of two that a few images fill, and else that of the stages that compute features and embeddings."""
-        return min(inference_batch_size(self.image_size, self.device), 1 << max(0, num_images - 1).bit_length())
+    def _batches(self, num_images: int) -> Iterator[tuple[slice, int]]:
+        """Images that pass in batches of one size, and the size: of most, that of the stages which compute the same."""
+        start = 0
+        for size, same in groupby(batch_sizes(num_images, inference_batch_size(self.image_size, self.device))):
+            end = start + size * len(list(same))
+            yield slice(start, end), size
+            start = end
 
     def _features(
         self, network: TagClassifier, seen: Seen, rows_n: NDArray[np.int64], precision: Precision = "float32"
     ) -> torch.Tensor:
         """A network's features of some of the images, float32 [n, D] on the CPU."""
-        if not len(rows_n):
-            return torch.zeros(0, network.backbone.num_features)
-        batch_size = self._batch_size(len(rows_n))
-        lower = torch.autocast(self.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-        with lower:
-            if seen.maps_NCHW is None or self.shared_stage is None:
-                backbone = self._maybe_compiled(network.backbone)
-                batches = predict_features(backbone, [seen.pixels_N3SS[rows_n]], batch_size, self.device)
-                return torch.cat([features_BD.cpu() for features_BD in batches])
-            rest = split(network.backbone, self.shared_stage, self.backbone).rest
-            maps_nCHW = seen.maps_NCHW[torch.from_numpy(rows_n).to(self.device)]
-            return predict_from_maps(self._maybe_compiled(rest), maps_nCHW, batch_size).cpu()
+        found = [torch.zeros(0, network.backbone.num_features)]
+        with torch.autocast(self.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+            found += [self._passed(network, seen, rows_n[rows], size) for rows, size in self._batches(len(rows_n))]
+        return torch.cat(found)
+
+    def _passed(self, network: TagClassifier, seen: Seen, rows_n: NDArray[np.int64], size: int) -> torch.Tensor:
+        if seen.maps_NCHW is None or self.shared_stage is None:
+            backbone = self._maybe_compiled(network.backbone)
+            batches = predict_features(backbone, [seen.pixels_N3SS[rows_n]], size, self.device)
+            return torch.cat([features_BD.cpu() for features_BD in batches])
+        rest = split(network.backbone, self.shared_stage, self.backbone).rest
+        maps_nCHW = seen.maps_NCHW[torch.from_numpy(rows_n).to(self.device)]
+        return predict_from_maps(self._maybe_compiled(rest), maps_nCHW, size).cpu()
 
     def _maybe_compiled(self, network: torch.nn.Module) -> torch.nn.Module:
         return cast(torch.nn.Module, torch.compile(network)) if self.options.compiled else network

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hardmoe.cli.common import DETECTION_FILE, existing_run
+from hardmoe.cli.common import DETECTION_FILE, RECIPE_FILE, existing_run
 from hardmoe.detection.config import DetectionConfig
 from hardmoe.detection.stages import detection_stages
 from hardmoe.partitioning.advice_stages import CHECKS, SWEEP
@@ -42,7 +42,7 @@ def begun_run(options: Mapping[str, Any]) -> BegunRun:
     """
     if options["root"] is not None and options["recipe_path"] is None:
         storage = open_storage(options["root"])
-        if storage.exists(DETECTION_FILE):
+        if not storage.exists(RECIPE_FILE) and storage.exists(DETECTION_FILE):
             config = DetectionConfig.model_validate(yaml.safe_load(storage.read_bytes(DETECTION_FILE)))
             return BegunRun(storage, config, [stage.name for stage in detection_stages(config, "")])
     storage, recipe = existing_run(options)

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import click
-import yaml
 
 from hardmoe.artifacts.names import DENSE, expert_name, is_of_the_mixture
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.cli.checks import check_before_building, taken_over
-from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
+from hardmoe.cli.common import RECIPE_FILE, format_table, keep_description, recipe_of
 from hardmoe.cli.notices import tell_about_data
 from hardmoe.config import Json
 from hardmoe.data.schemas import SPLITS
@@ -26,7 +25,7 @@ from hardmoe.pipeline import build_stages, identify_inputs, select
 from hardmoe.planning.room import Room
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
-from hardmoe.storage import Storage, open_storage
+from hardmoe.storage import open_storage
 
 METRIC_COLUMNS = ("precision@1", "precision@5", "recall@10", "hit@5", "map")
 
@@ -64,7 +63,7 @@ def build(
     missing = {stage.name for stage in plan.missing}
     if missing:
         check_before_building(recipe, plan)
-        _keep_recipe(store.storage, recipe)
+        keep_description(store.storage, RECIPE_FILE, recipe.model_dump(mode="json"))
         room = Room(recipe, store.storage, plan.artifacts)
         accept, execution = options["accept_versions"], recipe.execution
         limits = RunnerOptions(execution.parallel, execution.attempts, recipe.reuse, accept, room)
@@ -240,13 +239,6 @@ def _planned(
     experts = [stage.name for stage in stages if stage.name.startswith("experts/")]
     names = [name for target in targets for name in (_chosen(experts, only) if target == "experts" else [target])]
     return store, recipe, make_plan(store, select(stages, [*names, *(stage.name for stage in more)]))
-
-
-def _keep_recipe(storage: Storage, recipe: Recipe) -> None:
-    """Write the recipe beside what is built from it; a first try with a mistake in it must not be what `status` goes by."""
-    body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode()
-    if not storage.exists(RECIPE_FILE) or storage.read_bytes(RECIPE_FILE) != body:
-        storage.write_bytes(RECIPE_FILE, body)
 
 
 def _chosen(experts: Sequence[str], only: Sequence[str]) -> list[str]:

@@ -66,6 +66,25 @@ def existing_run(options: Mapping[str, Any]) -> tuple[Storage, Recipe]:
     return storage, parse_recipe(yaml.safe_load(storage.read_bytes(RECIPE_FILE)), storage.where(RECIPE_FILE))
 
 
+def keep_description(storage: Storage, name: str, content: Mapping[str, Any]) -> None:
+    """Write the file that a run was begun with beside what is built from it, by which `status` and the like know the run.
+
+    Args:
+        storage: the root.
+        name: `RECIPE_FILE` or `DETECTION_FILE`.
+        content: of the file, with defaults and overrides.
+
+    Raises:
+        RecipeError: the root is that of a run of the other kind.
+    """
+    if storage.exists(DETECTION_FILE if name == RECIPE_FILE else RECIPE_FILE):
+        held, wanted = ("detectors", "a mixture") if name == RECIPE_FILE else ("a mixture", "detectors")
+        raise RecipeError(f"{storage.where()} holds {held}, and {wanted} cannot lie beside; name another root with --root")
+    body = yaml.safe_dump(dict(content), sort_keys=False).encode()
+    if not storage.exists(name) or storage.read_bytes(name) != body:
+        storage.write_bytes(name, body)
+
+
 def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Rows (the first one is the header) in aligned columns; those numbered in `right` are flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from pydantic import ValidationError
 
 from hardmoe.artifacts.fingerprint import differences
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.cli.build import format_interval
-from hardmoe.cli.common import DETECTION_FILE, format_table, overrides_of
+from hardmoe.cli.common import DETECTION_FILE, format_table, keep_description, overrides_of
 from hardmoe.config import Json
 from hardmoe.data.inventory import take_inventory
 from hardmoe.data.sources.registry import open_source
@@ -46,7 +45,7 @@ def run_detection(options: Mapping[str, Any], as_json: bool) -> None:
     inventory = take_inventory(open_source(config.dataset).files(), store.storage, f"{SET}/_progress/inventory.json")
     plan = _plan(store, config, inventory.digest())
     if plan.missing:
-        _keep(store.storage, config)
+        keep_description(store.storage, DETECTION_FILE, config.model_dump(mode="json"))
         limits = RunnerOptions(config.execution.parallel, config.execution.attempts, (), options["accept_versions"])
         Runner(store, partial(open_backend, config.execution), Reporter(store.storage, make_display()), limits).run(plan)
     judged = plan.artifacts[DETECTION]
@@ -99,13 +98,6 @@ def _plan(store: ArtifactStore, config: DetectionConfig, source_sha256: str) -> 
                 changed += differences(found.record.config, dict(stage.config))
         remedy = "name another --root, or delete it"
         raise DriftError(f"{store.storage.where()} holds another detection ({'; '.join(changed) or error}); {remedy}") from error
-
-
-def _keep(storage: Storage, config: DetectionConfig) -> None:
-    """Write the file beside what is built from it, by which `status` and the like know the run."""
-    body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
-    if not storage.exists(DETECTION_FILE) or storage.read_bytes(DETECTION_FILE) != body:
-        storage.write_bytes(DETECTION_FILE, body)
 
 
 def _publish(storage: Storage, results: Json) -> str:

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from hardmoe.models.backbones import normalise_images
 from hardmoe.training.staging import DeviceBatch
 
+_WORTH_A_PASS = 16
+"""Images that take as long, on a CPU, as what a pass costs whatever its batch is."""
+
 
 def predict_features(
     backbone: nn.Module, images: Iterable[NDArray[np.uint8]], batch_size: int, device: torch.device
@@ -35,6 +38,25 @@ def predict_features(
     """
     for features_BD in predict_batches(backbone, _on_device(_fixed_batches(images, batch_size), batch_size, device)):
         yield features_BD.float()
+
+
+def batch_sizes(num_images: int, largest: int) -> list[int]:
+    """Powers of two, one after the other, that hold so many images with few blanks among them.
+
+    Few shapes are compiled, and a pass costs as much as some images: blanks are split off where they are more than that.
+
+    Args:
+        num_images: N.
+        largest: a power of two that no batch exceeds.
+    """
+    sizes = [largest] * (num_images // largest)
+    rest = num_images % largest
+    while rest:
+        holding = 1 << (rest - 1).bit_length()
+        size = holding if holding - rest <= _WORTH_A_PASS else holding // 2
+        sizes.append(size)
+        rest -= min(size, rest)
+    return sizes
 
 
 def predict_batches(backbone: nn.Module, batches: Iterable[DeviceBatch]) -> Iterator[Tensor]:

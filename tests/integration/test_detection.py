@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import invoke, merged, real_images, records, refusal, write_photos
+from support import invoke, merged, real_images, records, refusal, write_photos, write_recipe
 
 from hardmoe.detection import fit
 
@@ -131,3 +131,13 @@ def test_root_of_another_file_is_refused_with_what_differs(project: Path, whole:
     result = invoke(project, "detection", "-f", "detection.yaml", "--set", "canvases.num_test=13")
     assert "canvases.num_test: 12 -> 13" in refusal(result)
     assert "reads a file of its own" in refusal(invoke(project, "detection"))
+
+
+def test_mixtures_and_detectors_never_lie_in_one_root(project: Path, whole: dict[str, bytes]) -> None:
+    write_recipe(project)
+    sentence = refusal(invoke(project, "run", "--root", "runs/detection"))
+    assert sentence.endswith("holds detectors, and a mixture cannot lie beside; name another root with --root")
+    (project / "runs" / "mine").mkdir()
+    (project / "runs" / "mine" / "recipe.yaml").write_text("{}")
+    sentence = refusal(invoke(project, "detection", "-f", "detection.yaml", "--root", "runs/mine"))
+    assert sentence.endswith("holds a mixture, and detectors cannot lie beside; name another root with --root")

@@ -97,7 +97,7 @@ def test_path_below_a_shared_directory_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("status",), "'status' is no command for a cluster; submit one of evaluate, fit-decoder, partition, report, run"),
+        (("status",), "'status' is no command for a cluster; submit one of distil, evaluate, fit-decoder, partition, report,"),
         (("partition", "--check", "other.yaml"), "--check names a file of this machine"),
         (("run", "-f", "missing.yaml"), "missing.yaml"),
         (("run", "--set", "partition.expert=3"), "unknown key 'partition.expert'"),

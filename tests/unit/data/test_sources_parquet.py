@@ -318,7 +318,7 @@ def test_sorted_locations_read_each_row_group_once_and_only_its_images(tmp_path,
     iter_batches = pq.ParquetFile.iter_batches
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, *a, **k: asked.append(k) or iter_batches(self, *a, **k))
     list(source.fetch([Location("a.parquet", row, None) for row in (0, 1, 9, 10, 35, 39)]))
-    assert asked == [{"row_groups": [group], "columns": ["image"]} for group in (0, 1, 3)]
+    assert asked == [{"row_groups": [group], "columns": ["image"], "use_threads": False} for group in (0, 1, 3)]
 
 
 def test_fetch_from_a_table_that_changed_names_it(tmp_path):

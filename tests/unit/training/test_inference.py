@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from hardmoe.models.backbones import Backbone, build_backbone, normalise_images
-from hardmoe.training.inference import predict_features
+from hardmoe.training.inference import batch_sizes, predict_features
 
 CPU = torch.device("cpu")
 
@@ -65,3 +65,23 @@ def test_convolutions_compute_in_full_float32_and_the_switch_is_put_back(images:
 
 def test_predict_features_of_nothing_is_nothing(backbone: Backbone) -> None:
     assert list(predict_features(backbone, [], 8, CPU)) == []
+
+
+@pytest.mark.parametrize(
+    ("num_images", "sizes"),
+    [
+        (0, []),
+        (1, [1]),
+        (3, [4]),
+        (17, [32]),
+        (33, [32, 1]),
+        (130, [128, 2]),
+        (188, [128, 64]),
+        (239, [128, 64, 32, 16]),
+        (240, [256]),
+        (700, [256, 256, 128, 64]),
+    ],
+)
+def test_batches_hold_all_images_and_few_blanks(num_images: int, sizes: list[int]) -> None:
+    assert batch_sizes(num_images, 256) == sizes
+    assert num_images <= sum(sizes) <= num_images + 16
