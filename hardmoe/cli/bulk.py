@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from glob import escape
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,15 @@ def _dataset(images: Sequence[str], source_path: Path | None) -> DatasetConfig:
 
 def _place(image: str) -> str:
     """An absolute place; a file whose name looks like a pattern is that file."""
+    if not image.strip():
+        raise RecipeError("an image's place is empty, maybe of a shell variable that is not set; name a file or a folder")
+    if image.startswith(("http://", "https://")):
+        raise RecipeError(f"'{image}' is a web address; download the image first, and name the file")
     if "://" in image:
         return image
     path = Path(image).expanduser().absolute()
+    if not path.exists() and not has_magic(image):
+        raise DataError(f"there is no image or folder '{image}'; correct the path")
     return escape(str(path)) if path.exists() else str(path)
 
 
@@ -131,5 +137,8 @@ def _tell(good: int, bad: int, where: str) -> None:
         DataError: all of them were of no use.
     """
     if bad and not good:
-        raise DataError(f"none of {bad:,} images can be decoded{where}; correct what was given")
-    click.echo(f"{good:,} images" + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True)
+        many = "the image cannot" if bad == 1 else f"none of {bad:,} images can"
+        raise DataError(f"{many} be decoded{where}; correct what was given")
+    click.echo(
+        f"{good:,} image{'' if good == 1 else 's'}" + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True
+    )

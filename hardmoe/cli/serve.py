@@ -42,6 +42,11 @@ def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
             f"--host {host} lets other machines ask; set the environment variable {TOKEN_VARIABLE} to a secret that they "
             "must send, or serve on 127.0.0.1"
         )
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise RecipeError(
+            f"{TOKEN_VARIABLE} has a character that no header can carry, such as a space, a line's end or a letter with an accent; "
+            "set it to letters and digits, as of 'openssl rand -hex 32'"
+        )
     storage, _ = existing_run(options)
     mixture = Mixture.load(storage.uri, UseOptions(memory_gib=options["memory_gib"]))
     index, limits = _index(mixture, storage.uri, options["vectors"]), Limits()

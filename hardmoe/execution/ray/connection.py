@@ -43,7 +43,9 @@ def init(address: str, options: dict[str, Any]) -> None:
     except ray.exceptions.AuthenticationError as error:
         raise BackendError(f"the Ray cluster at '{address}' refuses this driver's token; {TOKEN_REMEDY}") from error
     except Exception as error:  # noqa: BLE001 - Ray raises bare ones as well, as where its processes are late on a busy machine
-        remedy = f"run it again when the machine is less busy, or {_WITHOUT_RAY}" if address == "local" else "check execution.address"
+        remedy = (
+            f"run it again when the machine is less busy, or {_WITHOUT_RAY}" if address == "local" else "check execution.address"
+        )
         raise BackendError(f"cannot start or reach Ray at '{address}': {reason(error).rstrip('.')}; {remedy}") from error
     except SystemExit as end:
         # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.

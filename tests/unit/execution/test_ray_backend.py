@@ -55,7 +55,9 @@ def test_a_ray_that_does_not_come_up_is_told_in_one_sentence(monkeypatch: pytest
 
     monkeypatch.setattr(ray, "init", late)
     backend = RayBackend("local")
-    with pytest.raises(BackendError, match=r"at 'local': The current node timed out .* overloaded; .* less busy.*--backend inline"):
+    with pytest.raises(
+        BackendError, match=r"at 'local': The current node timed out .* overloaded; .* less busy.*--backend inline"
+    ):
         backend.prepare([Resources()])
     backend.close()
 
