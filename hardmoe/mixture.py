@@ -285,11 +285,11 @@ class Mixture:
             if now is not None and now.record_digest == artifact.record_digest:
                 raise
             raise RebuiltInputError(
-                f"{self.store.storage.where(artifact.name)} was built anew, or deleted, since the mixture was opened; open it again"
+                f"{self.store.storage.where(artifact.name)} was built anew or deleted since the mixture was opened; open it again"
             ) from error
 
     def warm_up(self) -> None:
-        """Load all but the experts and route a black square: what is damaged, or slow the first time, shows before anybody waits."""
+        """Load all but experts and route a black square: what is damaged, or slow the first time, shows before anybody waits."""
         assert self.tags and self.decoder.dim and self.artifacts
         self.route_seen(self.see(np.zeros((1, 3, self.image_size, self.image_size), np.uint8)))
 

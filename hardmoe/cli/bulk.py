@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from glob import escape, has_magic
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def _place(image: str) -> str:
     if "://" in image:
         return image
     path = Path(image).expanduser().absolute()
-    if not path.exists() and not has_magic(image):
+    if not path.exists() and escape(image) == image:
         raise DataError(f"there is no image or folder '{image}'; correct the path")
     return escape(str(path)) if path.exists() else str(path)
 
@@ -139,6 +139,5 @@ def _tell(good: int, bad: int, where: str) -> None:
     if bad and not good:
         many = "the image cannot" if bad == 1 else f"none of {bad:,} images can"
         raise DataError(f"{many} be decoded{where}; correct what was given")
-    click.echo(
-        f"{good:,} image{'' if good == 1 else 's'}" + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True
-    )
+    counted = "1 image" if good == 1 else f"{good:,} images"
+    click.echo(counted + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True)

@@ -44,7 +44,7 @@ def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
         )
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise RecipeError(
-            f"{TOKEN_VARIABLE} has a character that no header can carry, such as a space, a line's end or a letter with an accent; "
+            f"{TOKEN_VARIABLE} has a character that no header can carry, such as a space, a line's end or an accent; "
             "set it to letters and digits, as of 'openssl rand -hex 32'"
         )
     storage, _ = existing_run(options)

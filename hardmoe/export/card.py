@@ -58,8 +58,8 @@ def _what(mixture: Mixture) -> str:
 
 def _use() -> str:
     return (
-        "## Use\n\n`modeling_hardmoe.py` loads this folder; `pip install torch safetensors numpy pillow` is all that it needs. The "
-        f"graphs were written with torch {torch.__version__.partition('+')[0]}; another one may read them too.\n\n"
+        "## Use\n\n`modeling_hardmoe.py` loads this folder; `pip install torch safetensors numpy pillow` is all that it needs. "
+        f"The graphs were written with torch {torch.__version__.partition('+')[0]}; another one may read them too.\n\n"
         '```python\nfrom modeling_hardmoe import Mixture\n\nmixture = Mixture(".")\nprint(mixture.predict(["photo.jpg"], k=5))\n'
         'vectors = mixture.embed(["photo.jpg"])\n```\n'
     )

@@ -49,7 +49,8 @@ def export_mixture(mixture: Mixture, out: Storage, *, onnx: bool, programs: bool
         say: told what is being written.
 
     Raises:
-        DataError: the folder has an export already, or a README that is none's, or ONNX Runtime computes something else than torch.
+        DataError: the folder has an export already, or a README of something else, or ONNX Runtime computes
+            something else than torch.
         RecipeError: a package that ONNX needs is missing.
     """
     if out.exists(CONFIG):
