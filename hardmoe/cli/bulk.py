@@ -11,7 +11,7 @@ import click
 
 from hardmoe.artifacts.fingerprint import differences
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import existing_run, usable_cpus
+from hardmoe.cli.common import existing_run, printable, usable_cpus
 from hardmoe.data.config import PILLOW_MAX_PIXELS, DatasetConfig
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError, DriftError, RecipeError
@@ -29,12 +29,13 @@ def run_bulk(options: Mapping[str, Any], images: Sequence[str], k: int | None) -
         DataError: there are no images, or none that can be decoded.
     """
     storage, _ = existing_run(options)
-    dataset = _dataset(images, options["source_path"])
     if options["out"] is None:
         for option in ("kind", "parallel", "address"):
             if options[option] is not None:
                 shown = "--format" if option == "kind" else f"--{option}"
                 raise RecipeError(f"{shown} is for tables; name a directory for them with --out")
+    dataset = _dataset(images, options["source_path"])
+    if options["out"] is None:
         _print_lines(storage.uri, dataset, k, options["memory_gib"])
     else:
         _write_tables(storage.uri, dataset, k, options)
@@ -79,7 +80,7 @@ def _print_lines(root: str, dataset: DatasetConfig, k: int | None, memory_gib: f
         for row in embedded_rows(answers) if k is None else predicted_rows(mixture, answers, k):
             click.echo(json_line(row), nl=False)
         for each in answers.bad:
-            click.echo(f"{each.source_uri}: {each.reason}", err=True)
+            click.echo(f"{printable(each.source_uri)}: {each.reason}", err=True)
         good, bad = good + len(answers.uris), bad + len(answers.bad)
     sys.stdout.flush()
     _tell(good, bad, "")

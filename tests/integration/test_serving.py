@@ -225,6 +225,10 @@ def test_pages_load_nothing_from_elsewhere(port: int) -> None:
 
 
 def test_command_refuses_other_machines_without_a_token(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in ("secret\n", "two words", "sécret", "\t"):
+        monkeypatch.setenv("HARDMOE_TOKEN", token)
+        sentence = refusal(invoke(root, "serve", "--root", str(root)))
+        assert "a character that no header can carry" in sentence and token not in sentence
     monkeypatch.delenv("HARDMOE_TOKEN", raising=False)
     assert "HARDMOE_TOKEN" in refusal(invoke(root, "serve", "--root", str(root), "--host", "0.0.0.0"))
     with socket.socket() as taken:
