@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "HARDMOE_TOKEN"
 _BACKLOG = 1024
+_INTERRUPTED = 130
 
 
 def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
@@ -53,7 +55,12 @@ def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
     with _listening(host, port) as place, _engine(mixture, options, f"hardmoe-{socket.gethostname()}-{port}") as engine:
         server = make_server(build_app(Service(mixture, engine, index, limits, token)), limits, host, port)
         click.echo(f"serving {storage.where()} at http://{host}:{port} (the page, /docs, /metrics); Ctrl-C ends it", err=True)
-        server.run(sockets=[place])
+        try:
+            server.run(sockets=[place])
+        except KeyboardInterrupt:
+            # Raised by uvicorn when all is answered. To a server this is no interruption that anything could resume after.
+            click.echo("\nstopped; what was asked is answered", err=True)
+            sys.exit(_INTERRUPTED)
 
 
 @contextmanager
