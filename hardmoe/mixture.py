@@ -32,7 +32,7 @@ from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.given_images import pieces, squares
 from hardmoe.data.reading import tag_names
-from hardmoe.errors import DataError
+from hardmoe.errors import CorruptFileError, DataError, RebuiltInputError
 from hardmoe.evaluation.topk import log_weights
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.branching import split
@@ -101,9 +101,10 @@ class Mixture:
     def __init__(self, store: ArtifactStore, options: UseOptions = UseOptions()) -> None:
         self.store = store
         self.options = options
+        self._pinned: dict[str, Artifact] = {}
         name = options.device
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        architecture = architecture_of(store.get("trunk"))
+        architecture = architecture_of(self.artifact("trunk"))
         self.reduced = architecture.reduced
         """Whether the JPEG decoder may scale down while it decodes."""
         self.image_size = architecture.image_size
@@ -145,28 +146,28 @@ class Mixture:
     @cached_property
     def trunk(self) -> TagClassifier:
         """Loaded when it is first wanted: whoever holds experts alone does without."""
-        return load_network(self.store.get("trunk")).to(self.device)
+        return load_network(self.artifact("trunk")).to(self.device)
 
     @cached_property
     def router(self) -> Router:
         """The rule that sends the trunk's features to experts."""
-        return load_router(self.store.get("router"))
+        return load_router(self.artifact("router"))
 
     @cached_property
     def decoder(self) -> SharedDecoder:
         """The alignments and the shared decoder."""
-        return load_shared_decoder(self.store.get("decoder"))
+        return load_shared_decoder(self.artifact("decoder"))
 
     @cached_property
     def tags(self) -> list[str]:
         """The vocabulary, by index."""
-        return tag_names(self.store.get("vocabulary"))
+        return tag_names(self.artifact("vocabulary"))
 
     @cached_property
     def shared_stage(self) -> str | None:
         """The stage up to which the experts are the trunk, which an image passes once; None if they share nothing."""
         # A record holds what differs from the default, which is the image.
-        stage: str | None = self.store.get(f"experts/{expert_name(0)}").record.config["experts"].get("branch_at")
+        stage: str | None = self.artifact(f"experts/{expert_name(0)}").record.config["experts"].get("branch_at")
         return stage
 
     @property
@@ -183,7 +184,17 @@ class Mixture:
     def artifacts(self) -> dict[str, Artifact]:
         """All that answers depend on, by name."""
         names = ["trunk", "router", "decoder", "vocabulary", *(f"experts/{expert_name(e)}" for e in range(self.num_experts))]
-        return {name: self.store.get(name) for name in names}
+        return {name: self.artifact(name) for name in names}
+
+    def artifact(self, name: str) -> Artifact:
+        """An artifact as it was when it was first asked for: what is built anew later belongs to another mixture.
+
+        Raises:
+            MissingRecordError: there is none.
+        """
+        if name not in self._pinned:
+            self._pinned[name] = self.store.get(name)
+        return self._pinned[name]
 
     def identity(self) -> str:
         """A digest of all that answers depend on; another one after anything was trained again."""
@@ -260,12 +271,26 @@ class Mixture:
         return self._features(expert, seen, np.arange(len(seen)), self.options.precision)
 
     def load_expert(self, expert: int) -> TagClassifier:
-        """The network of an expert, read anew; `experts` has those in memory."""
-        artifact: Artifact = self.store.get(f"experts/{expert_name(expert)}")
-        return load_network(artifact).to(self.device)
+        """The network of an expert, read anew; `experts` has those in memory.
+
+        Raises:
+            CorruptFileError: its file is damaged.
+            RebuiltInputError: it was trained again since this mixture knows of it.
+        """
+        artifact = self.artifact(f"experts/{expert_name(expert)}")
+        try:
+            return load_network(artifact).to(self.device)
+        except CorruptFileError as error:
+            now = self.store.find(artifact.name)
+            if now is not None and now.record_digest == artifact.record_digest:
+                raise
+            raise RebuiltInputError(
+                f"{self.store.storage.where(artifact.name)} was built anew or deleted since the mixture was opened; open it again"
+            ) from error
 
     def warm_up(self) -> None:
-        """Load trunk and router and route a black square: what is damaged, or slow the first time, shows before anybody waits."""
+        """Load all but experts and route a black square: what is damaged, or slow the first time, shows before anybody waits."""
+        assert self.tags and self.decoder.dim and self.artifacts
         self.route_seen(self.see(np.zeros((1, 3, self.image_size, self.image_size), np.uint8)))
 
     def decode(self, unified_NZ: torch.Tensor) -> torch.Tensor:

@@ -127,6 +127,14 @@ class InputArtifact(Protocol):
         """Sorted storage paths of the files that the record vouches for, by prefix and suffix of their names within it."""
         ...
 
+    def read(self, relative: str) -> bytes:
+        """A whole file, by its name within the artifact.
+
+        Raises:
+            CorruptFileError: it is not what the record says.
+        """
+        ...
+
 
 def name_within(artifact: InputArtifact, path: str) -> str:
     """A file's name within an artifact, of its path in `storage`: the inverse of `InputArtifact.path`."""

@@ -6,8 +6,8 @@ from functools import cached_property
 
 from hardmoe.artifacts.record import PROVENANCE_NAME, RECORD_NAME, InputReference, Record, parse_record
 from hardmoe.config import Json
-from hardmoe.errors import MissingRecordError, StorageError
-from hardmoe.storage import Storage, check_content, check_size, join, open_storage, read_if_there
+from hardmoe.errors import CorruptFileError, MissingRecordError, StorageError
+from hardmoe.storage import Storage, check_content, check_size, join, open_storage, read_checked, read_if_there
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,21 @@ class Artifact:
         """Sorted storage paths of the files vouched for whose names begin and end so."""
         names = sorted(entry.path for entry in self.record.files)
         return [self.path(name) for name in names if name.startswith(prefix) and name.endswith(suffix)]
+
+    def read(self, relative: str) -> bytes:
+        """A whole file, held against its digest: weights with a bit turned would answer like any others.
+
+        Raises:
+            CorruptFileError: it is missing, or not what the record says; or the record does not name it.
+        """
+        entry = next((entry for entry in self.record.files if entry.path == relative), None)
+        if entry is None:
+            raise CorruptFileError(f"{self.home.where(join(self.name, RECORD_NAME))} names no file '{relative}'")
+        try:
+            return read_checked(self.storage, self.path(relative), entry.size, entry.sha256)
+        except CorruptFileError as error:
+            where = self.storage.where(self.path(""))
+            raise CorruptFileError(f"{error}; delete {where.rstrip('/')} and what stands on it, and run again") from error
 
     def reference(self) -> InputReference:
         """How a record that stands on this artifact refers to it."""

@@ -11,7 +11,7 @@ import click
 
 from hardmoe.artifacts.fingerprint import differences
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import existing_run, usable_cpus
+from hardmoe.cli.common import existing_run, printable, usable_cpus
 from hardmoe.data.config import PILLOW_MAX_PIXELS, DatasetConfig
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError, DriftError, RecipeError
@@ -29,12 +29,13 @@ def run_bulk(options: Mapping[str, Any], images: Sequence[str], k: int | None) -
         DataError: there are no images, or none that can be decoded.
     """
     storage, _ = existing_run(options)
-    dataset = _dataset(images, options["source_path"])
     if options["out"] is None:
         for option in ("kind", "parallel", "address"):
             if options[option] is not None:
                 shown = "--format" if option == "kind" else f"--{option}"
                 raise RecipeError(f"{shown} is for tables; name a directory for them with --out")
+    dataset = _dataset(images, options["source_path"])
+    if options["out"] is None:
         _print_lines(storage.uri, dataset, k, options["memory_gib"])
     else:
         _write_tables(storage.uri, dataset, k, options)
@@ -52,9 +53,15 @@ def _dataset(images: Sequence[str], source_path: Path | None) -> DatasetConfig:
 
 def _place(image: str) -> str:
     """An absolute place; a file whose name looks like a pattern is that file."""
+    if not image.strip():
+        raise RecipeError("an image's place is empty, maybe of a shell variable that is not set; name a file or a folder")
+    if image.startswith(("http://", "https://")):
+        raise RecipeError(f"'{image}' is a web address; download the image first, and name the file")
     if "://" in image:
         return image
     path = Path(image).expanduser().absolute()
+    if not path.exists() and escape(image) == image:
+        raise DataError(f"there is no image or folder '{image}'; correct the path")
     return escape(str(path)) if path.exists() else str(path)
 
 
@@ -73,7 +80,7 @@ def _print_lines(root: str, dataset: DatasetConfig, k: int | None, memory_gib: f
         for row in embedded_rows(answers) if k is None else predicted_rows(mixture, answers, k):
             click.echo(json_line(row), nl=False)
         for each in answers.bad:
-            click.echo(f"{each.source_uri}: {each.reason}", err=True)
+            click.echo(f"{printable(each.source_uri)}: {each.reason}", err=True)
         good, bad = good + len(answers.uris), bad + len(answers.bad)
     sys.stdout.flush()
     _tell(good, bad, "")
@@ -131,5 +138,7 @@ def _tell(good: int, bad: int, where: str) -> None:
         DataError: all of them were of no use.
     """
     if bad and not good:
-        raise DataError(f"none of {bad:,} images can be decoded{where}; correct what was given")
-    click.echo(f"{good:,} images" + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True)
+        many = "the image cannot" if bad == 1 else f"none of {bad:,} images can"
+        raise DataError(f"{many} be decoded{where}; correct what was given")
+    counted = "1 image" if good == 1 else f"{good:,} images"
+    click.echo(counted + (f", and {bad:,} that cannot be decoded{where}" if bad else ""), err=True)

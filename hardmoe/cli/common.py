@@ -85,6 +85,11 @@ def keep_description(storage: Storage, name: str, content: Mapping[str, Any]) ->
         storage.write_bytes(name, body)
 
 
+def printable(text: str) -> str:
+    """A name in one line: what a terminal would act on, such as a line's end in a file's name, as Python writes it."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Rows (the first one is the header) in aligned columns; those numbered in `right` are flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

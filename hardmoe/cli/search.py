@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import existing_run, format_table, usable_cpus
-from hardmoe.errors import DataError
+from hardmoe.cli.common import existing_run, format_table, printable, usable_cpus
+from hardmoe.errors import DataError, RecipeError
 from hardmoe.storage import open_storage
 
 
@@ -26,6 +26,8 @@ def make_index(options: Mapping[str, Any], vectors: str | None, kind: str | None
     storage, _ = existing_run(options)
     home = storage if vectors is None else open_storage(vectors)
     store = ArtifactStore(home)
+    if vectors is not None and store.find("embeddings") is None:
+        raise DataError(f"there are no finished embeddings in {home.where()}; make them with 'hardmoe embed --out {vectors}'")
     embeddings, mixture = store.get("embeddings"), Mixture.load(storage.uri).identity()
     if vectors is not None and embeddings.record.config["mixture"] != mixture:
         raise DataError(f"the embeddings in {home.where()} are of another mixture than {storage.where()}; embed the images again")
@@ -49,6 +51,8 @@ def search(options: Mapping[str, Any], query: str, vectors: str | None, count: i
     from hardmoe.mixture import Mixture
     from hardmoe.searching.search import SearchIndex
 
+    if not query.strip():
+        raise RecipeError("the query is empty, maybe of a shell variable that is not set; give an image's path or a '#hashtag'")
     storage, _ = existing_run(options)
     mixture = Mixture.load(storage.uri)
     index = SearchIndex.open(vectors or storage.uri, mixture)
@@ -56,5 +60,8 @@ def search(options: Mapping[str, Any], query: str, vectors: str | None, count: i
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False))
         return
-    rows = [("cosine", "expert", "image"), *((f"{each.cosine:.3f}", str(each.expert), each.source_uri) for each in found)]
+    rows = [
+        ("cosine", "expert", "image"),
+        *((f"{each.cosine:.3f}", str(each.expert), printable(each.source_uri)) for each in found),
+    ]
     click.echo(format_table(rows, right=(0, 1)))

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "HARDMOE_TOKEN"
 _BACKLOG = 1024
+_INTERRUPTED = 130
 
 
 def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
@@ -42,13 +44,23 @@ def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
             f"--host {host} lets other machines ask; set the environment variable {TOKEN_VARIABLE} to a secret that they "
             "must send, or serve on 127.0.0.1"
         )
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise RecipeError(
+            f"{TOKEN_VARIABLE} has a character that no header can carry, such as a space, a line's end or an accent; "
+            "set it to letters and digits, as of 'openssl rand -hex 32'"
+        )
     storage, _ = existing_run(options)
     mixture = Mixture.load(storage.uri, UseOptions(memory_gib=options["memory_gib"]))
     index, limits = _index(mixture, storage.uri, options["vectors"]), Limits()
     with _listening(host, port) as place, _engine(mixture, options, f"hardmoe-{socket.gethostname()}-{port}") as engine:
         server = make_server(build_app(Service(mixture, engine, index, limits, token)), limits, host, port)
         click.echo(f"serving {storage.where()} at http://{host}:{port} (the page, /docs, /metrics); Ctrl-C ends it", err=True)
-        server.run(sockets=[place])
+        try:
+            server.run(sockets=[place])
+        except KeyboardInterrupt:
+            # Raised by uvicorn when all is answered. To a server this is no interruption that anything could resume after.
+            click.echo("\nstopped; what was asked is answered", err=True)
+            sys.exit(_INTERRUPTED)
 
 
 @contextmanager

@@ -100,6 +100,10 @@ class ReferringExamples:
         """Sorted storage paths of the files that the record vouches for."""
         return self.dataset.files(prefix, suffix)
 
+    def read(self, relative: str) -> bytes:
+        """A whole file, if it is what the record says."""
+        return self.dataset.read(relative)
+
 
 def open_examples(context: Context, role: str) -> InputArtifact:
     """An input that holds examples: a dataset or a partition."""

@@ -75,7 +75,7 @@ def load_detector(artifact: InputArtifact, canvases: InputArtifact) -> Detector:
     give_experts(detector, HEADS_WITH_EXPERTS.get(told["system"], ()), MoeConfig.model_validate(told["moe"]), seed=0)
     path = artifact.path(WEIGHTS)
     try:
-        detector.load_state_dict(safetensors.torch.load(artifact.storage.read_bytes(path)))
+        detector.load_state_dict(safetensors.torch.load(artifact.read(WEIGHTS)))
     except RuntimeError as error:
         raise CorruptFileError(
             f"{artifact.storage.where(path)} holds the weights of another detector; delete it and run again"

@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.config import Json
 from hardmoe.data.schemas import ORIGIN
 from hardmoe.mixture import Mixture
 from hardmoe.tables import iterate_table
 
+CARD_BEGINS = "---\nlibrary_name: hardmoe\n"
 _COLUMNS = ("precision@1", "precision@5", "recall@10", "hit@5", "map")
 _MOST_LICENCES, _MOST_TAGS = 12, 40
 
@@ -33,7 +36,7 @@ def model_card(mixture: Mixture, files: Mapping[str, str]) -> str:
 
 def _front_matter() -> str:
     return (
-        "---\nlibrary_name: hardmoe\npipeline_tag: image-classification\nlicense: other\n"
+        f"{CARD_BEGINS}pipeline_tag: image-classification\nlicense: other\n"
         "tags:\n- hashtags\n- mixture-of-experts\n- image-feature-extraction\n---\n"
     )
 
@@ -55,7 +58,8 @@ def _what(mixture: Mixture) -> str:
 
 def _use() -> str:
     return (
-        "## Use\n\n`modeling_hardmoe.py` loads this folder with torch, safetensors, numpy and Pillow:\n\n"
+        "## Use\n\n`modeling_hardmoe.py` loads this folder; `pip install torch safetensors numpy pillow` is all that it needs. "
+        f"The graphs were written with torch {torch.__version__.partition('+')[0]}; another one may read them too.\n\n"
         '```python\nfrom modeling_hardmoe import Mixture\n\nmixture = Mixture(".")\nprint(mixture.predict(["photo.jpg"], k=5))\n'
         'vectors = mixture.embed(["photo.jpg"])\n```\n'
     )

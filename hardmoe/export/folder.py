@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hardmoe.artifacts.names import expert_name
 from hardmoe.errors import DataError
-from hardmoe.export.card import model_card
+from hardmoe.export.card import CARD_BEGINS, model_card
 from hardmoe.export.pieces import (
     DecoderPiece,
     ExpertPiece,
@@ -28,10 +28,11 @@ from hardmoe.export.pieces import (
 )
 from hardmoe.export.programs import Traced, check_onnx_is_installed
 from hardmoe.mixture import Mixture
-from hardmoe.storage import Storage
+from hardmoe.storage import Storage, read_if_there
 
 LOADER = "modeling_hardmoe.py"
 CONFIG = "config.json"
+CARD = "README.md"
 MOST_IN_ONE_FILE = 8
 """Of experts: a single-file ONNX sends every image through all of them."""
 _EXAMPLES = 3
@@ -48,11 +49,15 @@ def export_mixture(mixture: Mixture, out: Storage, *, onnx: bool, programs: bool
         say: told what is being written.
 
     Raises:
-        DataError: the folder has an export already, or ONNX Runtime computes something else than torch.
+        DataError: the folder has an export already, or a README of something else, or ONNX Runtime computes
+            something else than torch.
         RecipeError: a package that ONNX needs is missing.
     """
     if out.exists(CONFIG):
         raise DataError(f"{out.where()} holds an exported mixture already; name another --out, or delete it")
+    card = read_if_there(out, CARD)
+    if card is not None and not card.startswith(CARD_BEGINS.encode()):
+        raise DataError(f"{out.where(CARD)} is not of an export and would be written over; name another --out")
     if onnx:
         check_onnx_is_installed()
     writer = _Writer(mixture, out, say)
@@ -61,9 +66,9 @@ def export_mixture(mixture: Mixture, out: Storage, *, onnx: bool, programs: bool
         writer.pieces(onnx=onnx, programs=programs)
     out.write_bytes(LOADER, package_files("hardmoe.export").joinpath(LOADER).read_bytes())
     writer.written[LOADER] = "the loader"
-    out.write_bytes("README.md", model_card(mixture, writer.written).encode())
+    out.write_bytes(CARD, model_card(mixture, writer.written).encode())
     out.write_bytes(CONFIG, (json.dumps(writer.config(), indent=1, sort_keys=True) + "\n").encode())
-    return [*writer.written, "README.md", CONFIG]
+    return [*writer.written, CARD, CONFIG]
 
 
 class _Writer:

@@ -109,7 +109,7 @@ class Mixture:
         if isinstance(image, str | Path):
             image = Image.open(image)
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
+            image = _of_8_bits(ImageOps.exif_transpose(image))
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -123,6 +123,16 @@ class Mixture:
         if side != size:
             square = functional.interpolate(square, (size, size), mode="bilinear", antialias=True)
         return square[0]
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits scaled to 8, 65535 to 255; Pillow itself would clip them."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image)
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"pixels of mode {image.mode} have no defined brightness; save the image with 8 or 16 bits")
+    return Image.fromarray(((grey.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
 def main(paths: Sequence[str]) -> None:

@@ -248,9 +248,9 @@ def load_shared_decoder(decoder: InputArtifact) -> SharedDecoder:
     Raises:
         CorruptFileError: the file is not what was written.
     """
-    path = decoder.path(DECODER_FILE)
     try:
-        tensors = safetensors.torch.load(decoder.storage.read_bytes(path))
+        tensors = safetensors.torch.load(decoder.read(DECODER_FILE))
         return SharedDecoder.from_tensors(tensors).eval()
     except (SafetensorError, KeyError) as error:
-        raise CorruptFileError(f"{decoder.storage.where(path)} is damaged: {error}; delete the decoder and run again") from error
+        where = decoder.storage.where(decoder.path(DECODER_FILE))
+        raise CorruptFileError(f"{where} is damaged: {error}; delete the decoder and run again") from error

@@ -94,7 +94,7 @@ class PartitionWork:
 def load_router(router: InputArtifact) -> Router:
     """The fitted router."""
     names = (CENTROIDS_FILE, TRANSFORM_FILE, DESCRIPTION_FILE)
-    return Router.from_files({name: router.storage.read_bytes(router.path(name)) for name in names})
+    return Router.from_files({name: router.read(name) for name in names})
 
 
 def _told(unit: Unit, **arguments: Json) -> Unit:

@@ -60,7 +60,7 @@ class SearchIndex:
             )
         self._artifact, self._mixture = index, mixture
         path = index.path(INDEX_FILE)
-        self._index = VectorIndex.from_bytes(index.storage.read_bytes(path), index.storage.where(path))
+        self._index = VectorIndex.from_bytes(index.read(INDEX_FILE), index.storage.where(path))
         self._index.set_probes(index.payload.get("probes", 1))
         self._rows = read_table(index.storage, index.path(ROWS_FILE), ROWS)
 

@@ -9,6 +9,7 @@ Rejected: a framework that reads requests by the handlers' annotations; bodies a
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files as package_files
@@ -22,7 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import hardmoe
-from hardmoe.errors import DataError
+from hardmoe.errors import DataError, HardmoeError
 from hardmoe.mixture import Mixture, Prediction
 from hardmoe.searching.search import SearchIndex
 from hardmoe.serving.engine import BusyError, Decoders, Engine, Found
@@ -31,6 +32,8 @@ from hardmoe.serving.metrics import Metrics
 from hardmoe.serving.schema import OCTETS, ImagesRequest, PredictRequest, SearchRequest, openapi
 
 _LONGEST_PLACE, _LONGEST_NUMBER = 200, 10
+_MISTAKE = "the server cannot answer; its log says why"
+_LOG = logging.getLogger("uvicorn.error")
 Body = TypeVar("Body", bound=BaseModel)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
@@ -218,7 +221,11 @@ def build_app(service: Service) -> Starlette:
         route("/docs", docs_page, is_open=True),
         route("/", index_page, is_open=True),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: plain_error})
+
+    async def mistake(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": _MISTAKE}, 500, headers=_HEADERS)
+
+    return Starlette(routes=routes, exception_handlers={HTTPException: plain_error, Exception: mistake})
 
 
 async def _answered(service: Service, handler: Handler, request: Request, is_open: bool) -> Response:
@@ -233,5 +240,9 @@ async def _answered(service: Service, handler: Handler, request: Request, is_ope
         return JSONResponse({"error": str(error)}, 400)
     except BusyError as error:
         return JSONResponse({"error": str(error)}, 503, headers={"Retry-After": "1"})
+    except HardmoeError as error:
+        # Nothing that the client did, and places of this machine are none of its business.
+        _LOG.error("%s %s: %s", request.method, request.url.path, error)
+        return JSONResponse({"error": _MISTAKE}, 500)
     except TimeoutError:
         return JSONResponse({"error": "it took too long; try again in a moment"}, 503, headers={"Retry-After": "5"})

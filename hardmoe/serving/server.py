@@ -12,6 +12,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hardmoe.serving.limits import Limits
 
+_LAST_SECONDS = 1.0
+"""For which a connection may bring its first request after the end was asked for; uvicorn's own protocol resets it."""
+
 
 class _Protocol(H11Protocol):
     """Closes connections whose headers take too long; `header_seconds` is set by `make_server`."""
@@ -30,6 +33,13 @@ class _Protocol(H11Protocol):
         if self.cycle is not before and self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def shutdown(self) -> None:
+        """The server ends; of a connection on which nothing was asked yet, the request may be under way, and is waited for."""
+        if self.cycle is None and not self.transport.is_closing():
+            self.loop.call_later(_LAST_SECONDS, super().shutdown)
+        else:
+            super().shutdown()
 
     def _expect_headers(self) -> None:
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):

@@ -12,6 +12,7 @@ from hardmoe.storage.base import (
     check_entry,
     check_size,
     join,
+    read_checked,
     read_if_there,
     sha256_of,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "check_size",
     "join",
     "open_storage",
+    "read_checked",
     "read_if_there",
     "sha256_of",
 ]

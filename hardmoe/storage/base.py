@@ -171,5 +171,22 @@ def check_content(storage: Storage, path: str, sha256: str) -> None:
     Raises:
         CorruptFileError: they differ.
     """
-    if sha256_of(storage, path) != sha256:
+    _check_digest(storage, path, sha256_of(storage, path), sha256)
+
+
+def read_checked(storage: Storage, path: str, size: int, sha256: str) -> bytes:
+    """A whole file, if it is what a record says of it.
+
+    Raises:
+        CorruptFileError: the file is missing, or has another size or digest.
+    """
+    data = read_if_there(storage, path)
+    check_size(storage, path, size, None if data is None else len(data))
+    assert data is not None
+    _check_digest(storage, path, hashlib.sha256(data).hexdigest(), sha256)
+    return data
+
+
+def _check_digest(storage: Storage, path: str, found: str, sha256: str) -> None:
+    if found != sha256:
         raise CorruptFileError(f"{storage.where(path)} has other content than its record says (SHA-256 differs)")

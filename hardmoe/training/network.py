@@ -136,11 +136,11 @@ def load_weights(network: InputArtifact) -> dict[str, Tensor]:
     Raises:
         CorruptFileError: the file is not what was written.
     """
-    path = network.path(MODEL_FILE)
     try:
-        weights: dict[str, Tensor] = safetensors.torch.load(network.storage.read_bytes(path))
+        weights: dict[str, Tensor] = safetensors.torch.load(network.read(MODEL_FILE))
     except safetensors.SafetensorError as error:
-        raise CorruptFileError(f"{network.storage.where(path)} is damaged: {error}; delete the artifact and run again") from error
+        where = network.storage.where(network.path(MODEL_FILE))
+        raise CorruptFileError(f"{where} is damaged: {error}; delete the artifact and run again") from error
     return weights
 
 

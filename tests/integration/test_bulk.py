@@ -72,7 +72,7 @@ def test_single_images_without_a_directory_become_lines(root: str, mixture: Mixt
     assert "broken.png: not an image" in result.stderr
     vector = json.loads(invoke(pictures, "embed", chosen[0], "--root", root).stdout)["embedding"]
     np.testing.assert_allclose(vector, mixture.embed(chosen[:1])[0], rtol=1e-5, atol=1e-6)
-    assert "none of 1 images can be decoded" in refusal(invoke(pictures, "predict", chosen[1], "--root", root))
+    assert "the image cannot be decoded" in refusal(invoke(pictures, "predict", chosen[1], "--root", root))
 
 
 def test_embeddings_as_lines_and_as_parquet_are_the_same_and_those_of_the_mixture(
@@ -147,7 +147,10 @@ def test_workers_of_ray_write_the_tables_of_one_process(root: str, finished: Pat
         ((), "name images or folders, or a recipe"),
         (("pictures", "--source", "hardmoe.yaml"), "and not both"),
         (("pictures", "--format", "jsonl"), "--format is for tables; name a directory"),
-        (("nowhere.png",), "nowhere.png"),
+        (("nowhere.png",), "there is no image or folder 'nowhere.png'"),
+        (("nothing/*.png",), "nothing/*.png' matches no file"),
+        (("",), "an image's place is empty"),
+        (("https://example.com/a.png",), "download the image first"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(root: str, finished: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import torch
+from PIL import Image
 from support import invoke, refusal
 
+from hardmoe.export.card import CARD_BEGINS
 from hardmoe.mixture import Mixture
 
 _STRANGER = """
@@ -28,12 +30,28 @@ print(json.dumps([mixture.predict(paths, k=4), mixture.embed(paths).tolist()]))
 """
 
 
+def _turned() -> Image.Exif:
+    """Metadata of a picture that was taken upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
 @pytest.fixture(scope="module")
 def images(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("exported-images")
     data = [image for path in sorted((finished / "photos").iterdir()) for image in pq.read_table(path)["image"].to_pylist()]
     for number, image in enumerate(data[::12]):
         (folder / f"{number:03d}.png").write_bytes(image)
+    noise = np.random.default_rng(0)
+    deep = noise.integers(0, 2**16, (30, 20)).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.fromarray(deep).save(folder / "deep.tif")
+    Image.fromarray(noise.integers(0, 256, (20, 30, 4), dtype=np.uint8)).save(folder / "alpha.png")
+    Image.fromarray(noise.integers(0, 256, (20, 30), dtype=np.uint8)).save(folder / "grey.gif")
+    Image.fromarray(noise.integers(0, 256, (20, 30, 4), dtype=np.uint8), "CMYK").save(folder / "print.jpg")
+    turned = Image.fromarray(noise.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    turned.save(folder / "turned.png", exif=_turned())
     return [str(path) for path in sorted(folder.iterdir())]
 
 
@@ -121,6 +139,17 @@ def test_card_tells_metrics_data_and_licences_of_the_run(folder: Path, finished:
 
 def test_finished_export_is_not_written_over(folder: Path, finished: Path) -> None:
     assert "holds an exported mixture already" in refusal(invoke(finished, "export", "--root", "runs/small", "-o", str(folder)))
+
+
+def test_readme_of_something_else_is_not_written_over(finished: Path, tmp_path: Path) -> None:
+    """`--out .` in a project of one's own once replaced that project's README."""
+    (tmp_path / "README.md").write_text("# My pictures\n")
+    sentence = refusal(invoke(finished, "export", "--root", "runs/small", "--out", str(tmp_path)))
+    assert f"{tmp_path}/README.md is not of an export" in sentence and "another --out" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    (tmp_path / "README.md").write_bytes(CARD_BEGINS.encode())  # of an export that was interrupted
+    assert invoke(finished, "export", "--root", "runs/small", "--out", str(tmp_path)).returncode == 0
+    assert "pip install torch safetensors numpy pillow" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["pca", "lowrank", "cosine", "scale", "none"])

@@ -66,10 +66,25 @@ def test_search_prints_lines_or_json_and_refuses_an_unknown_hashtag(root: Path, 
     assert len(found) == 2 and found[0]["cosine"] > 0.999
     assert "has no hashtag" in refusal(invoke(tmp_path, "search", f"#{tag}xx", "--root", str(root)))
     assert tag in refusal(invoke(tmp_path, "search", f"#{tag}xx", "--root", str(root)))
+    assert "the query is empty" in refusal(invoke(tmp_path, "search", "", "--root", str(root)))
+
+
+def test_a_file_name_that_a_terminal_would_act_on_stays_one_line(root: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "pictures", str(tmp_path / "vectors")
+    folder.mkdir()
+    (folder / "two\nlines \x1b[31m é.png").write_bytes(next(iter(images_of(root).values())))
+    (folder / "bro\nken.png").write_bytes(b"no image")
+    assert "bro\\nken.png: " in invoke(tmp_path, "predict", "pictures", "--root", str(root)).stderr
+    for command in (("embed", "pictures", "-o"), ("index", "--vectors")):
+        assert invoke(tmp_path, *command, out, "--root", str(root)).returncode == 0
+    told = invoke(tmp_path, "search", str(next(folder.glob("two*"))), "--vectors", out, "--root", str(root)).stdout
+    assert told.splitlines()[1].endswith("two\\nlines \\x1b[31m é.png") and len(told.splitlines()) == 2
 
 
 def test_a_collection_that_was_embedded_is_indexed_beside_its_tables(root: Path, finished: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "vectors")
+    unmade = refusal(invoke(tmp_path, "index", "--root", str(root), "--vectors", out))
+    assert f"no finished embeddings in {out}; make them with 'hardmoe embed --out {out}'" in unmade
     refused = refusal(invoke(tmp_path, "search", "#a", "--root", str(root), "--vectors", out))
     assert "there is no index in" in refused and "hardmoe index" in refused
     assert invoke(finished, "embed", "--source", "hardmoe.yaml", "--root", str(root), "-o", out).returncode == 0

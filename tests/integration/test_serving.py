@@ -185,6 +185,21 @@ def test_more_connections_than_allowed_are_told_to_come_back(mixture: Mixture) -
             assert time.monotonic() < until
 
 
+def test_request_that_is_on_its_way_when_the_end_is_asked_for_is_answered(mixture: Mixture) -> None:
+    """uvicorn's own protocol resets every connection on which it has not read a request by then."""
+    server = ExitStack()
+    port = server.enter_context(serving(Service(mixture, LocalEngine(mixture), None)))
+    with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        assert request(port, "GET", "/health")[0] == 200, "the connection was accepted before this one"
+        ending = pool.submit(server.close)
+        with pytest.raises(ConnectionRefusedError):
+            while True:
+                socket.create_connection(("127.0.0.1", port), timeout=30).close()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        ending.result(60)
+
+
 def test_token_is_asked_for_and_search_without_an_index_says_what_to_do(mixture: Mixture, images: list[bytes]) -> None:
     with serving(Service(mixture, LocalEngine(mixture), None, LIMITS, token="secret")) as port:
         for given in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
@@ -225,6 +240,10 @@ def test_pages_load_nothing_from_elsewhere(port: int) -> None:
 
 
 def test_command_refuses_other_machines_without_a_token(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in ("secret\n", "two words", "sécret", "\t"):
+        monkeypatch.setenv("HARDMOE_TOKEN", token)
+        sentence = refusal(invoke(root, "serve", "--root", str(root)))
+        assert "a character that no header can carry" in sentence and token not in sentence
     monkeypatch.delenv("HARDMOE_TOKEN", raising=False)
     assert "HARDMOE_TOKEN" in refusal(invoke(root, "serve", "--root", str(root), "--host", "0.0.0.0"))
     with socket.socket() as taken:

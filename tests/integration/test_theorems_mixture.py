@@ -106,6 +106,9 @@ class _File:
     def files(self, prefix: str = "", suffix: str = "") -> list[str]:
         return self.storage.list("")
 
+    def read(self, relative: str) -> bytes:
+        return self.storage.read_bytes(relative)
+
 
 @dataclass(frozen=True)
 class _Mixture:

@@ -13,6 +13,9 @@ from hardmoe.errors import BackendError
 CONNECT_SECONDS = 5.0
 TOKEN_REMEDY = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
 _MOST_OF_A_GROUP = 1024
+_OWN_REMEDY = (
+    "run it again when the machine is less busy, or do without Ray (--backend inline; of 'hardmoe serve', without --replicas)"
+)
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -41,8 +44,9 @@ def init(address: str, options: dict[str, Any]) -> None:
         ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
         raise BackendError(f"the Ray cluster at '{address}' refuses this driver's token; {TOKEN_REMEDY}") from error
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise BackendError(f"cannot start or reach Ray at '{address}': {reason(error)}; check execution.address") from error
+    except Exception as error:  # Ray raises bare ones as well, as where its processes are late on a busy machine
+        remedy = _OWN_REMEDY if address == "local" else "check execution.address"
+        raise BackendError(f"cannot start or reach Ray at '{address}': {reason(error).rstrip('.')}; {remedy}") from error
     except SystemExit as end:
         # Ray's own answer to a SIGTERM while it starts. Ours lets the run release its leases.
         raise KeyboardInterrupt from end

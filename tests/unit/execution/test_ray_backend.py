@@ -46,6 +46,20 @@ def scratch_parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     scratch.shutil.rmtree(parent)
 
 
+def test_a_ray_that_does_not_come_up_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch, scratch_parent: Path) -> None:
+    """On a busy machine Ray's own processes come too late; it raises a bare `Exception`, which went through as a traceback."""
+    import ray
+
+    def late(**options: object) -> None:
+        raise Exception("The current node timed out during startup. The GCS has become overloaded.")
+
+    monkeypatch.setattr(ray, "init", late)
+    backend = RayBackend("local")
+    with pytest.raises(BackendError, match=r"at 'local': The current node timed out .* overloaded; .*--backend inline"):
+        backend.prepare([Resources()])
+    backend.close()
+
+
 def test_runs_units_on_workers_survives_their_death_and_equals_inline(
     root: Path, control: Control, tmp_path: Path, scratch_parent: Path
 ) -> None:

@@ -39,6 +39,9 @@ class OneShard:
     def files(self, prefix: str = "", suffix: str = "") -> list[str]:
         return ["shard.parquet"]
 
+    def read(self, relative: str) -> bytes:
+        return self.storage.read_bytes(relative)
+
 
 @dataclass
 class Unit:
