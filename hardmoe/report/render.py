@@ -64,6 +64,14 @@ NEIGHBOURS = {
     "neighbours@10:own": "among those of the image's own part",
     "neighbours@10:other": "among those of other parts",
 }
+PROBES = {
+    "linear": ("precision@1", "recall@10"),
+    "knn": ("precision@1", "recall@10"),
+    "neighbours": ("neighbours@10:all", "neighbours@10:other"),
+}
+"""Columns of what probes say, by probe."""
+PROBE_NAMES = {"linear": "linear", "knn": "votes", "neighbours": "neighbours"}
+COLLECTIONS = {"own_images": "this run's own images", "second_dataset": "the second dataset"}
 MIXTURE, CONTROL = "mixture", "dense_refit"
 COMPARISON = f"{MIXTURE} - {CONTROL}"
 HEADLINE_METRIC = "precision@1"
@@ -197,6 +205,31 @@ def retrieval_rows(data: ReportData) -> list[tuple[str, Mapping[str, Metric], Ma
     """Systems with the shares of right neighbours in their spaces, and what the mixture's are above them."""
     shares, differences = data["metrics"].get("retrieval", {}), data["metrics"].get("retrieval_differences", {})
     return [(name, shares[name], differences.get(f"{MIXTURE} - {name}", {})) for name in ordered(shares, SYSTEMS)]
+
+
+def probe_tables(data: ReportData) -> list[dict[str, Any]]:
+    """Of every collection that was probed: its facts, its columns, the systems' values, the mixture's above theirs."""
+    found = []
+    for name, title in COLLECTIONS.items():
+        if (probed := data["metrics"].get("transfer", {}).get(name)) is None:
+            continue
+        systems: Mapping[str, Mapping[str, Any]] = probed["systems"]
+        columns = [
+            (probe, metric) for probe, names in PROBES.items() for metric in names if any(probe in of for of in systems.values())
+        ]
+        rows = []
+        for system in ordered(systems, SYSTEMS):
+            difference = probed["differences"].get(f"{MIXTURE} - {system}", {})
+            rows.append(
+                (
+                    system,
+                    systems[system]["fitted"],
+                    [systems[system].get(probe, {}).get(metric) for probe, metric in columns],
+                    [difference.get(probe, {}).get(metric) for probe, metric in columns],
+                )
+            )
+        found.append({"title": title, "probed": probed, "columns": columns, "rows": rows})
+    return found
 
 
 def _system_chart(data: ReportData) -> Markup | None:
@@ -376,6 +409,8 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             costs=cost_rows(data),
             retrieval=retrieval_rows(data),
             neighbours=NEIGHBOURS,
+            probes=probe_tables(data),
+            probe_names=PROBE_NAMES,
             comparisons=sorted(data["metrics"]["differences"].items(), key=lambda item: (item[0] != COMPARISON, item[0])),
             verdict=_verdict,
             forest=[chart for chart in (_system_chart(data), _difference_chart(data)) if chart],

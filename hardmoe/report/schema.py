@@ -42,10 +42,33 @@ class Breakdown(TypedDict):
     frequency_bands: list[FrequencyBand]
 
 
+class ProbedSystem(TypedDict):
+    """What was fitted to a system's space, or the `reason` why nothing was; metrics by probe; shares of right neighbours."""
+
+    fitted: dict[str, Any]
+    linear: dict[str, Metric]
+    knn: dict[str, Metric]
+    neighbours: NotRequired[dict[str, Metric]]
+
+
+class Probed(TypedDict):
+    """What probes say of one collection: images and tags that count, systems, and differences keyed `"mixture - dense"` by probe.
+
+    `dataset` is what became of a second dataset's rows.
+    """
+
+    images: dict[str, int]
+    tags: int
+    systems: dict[str, ProbedSystem]
+    differences: dict[str, dict[str, dict[str, Metric]]]
+    dataset: NotRequired[dict[str, Any]]
+
+
 class Metrics(TypedDict):
     """Metrics by system and by name, and the paired differences, keyed `"mixture - dense_refit"`.
 
-    `retrieval` has the shares of right neighbours in the systems' spaces, keyed `"neighbours@10:other"`.
+    `retrieval` has the shares of right neighbours in the systems' spaces, keyed `"neighbours@10:other"`; `transfer` what probes
+    make of those spaces, keyed `"own_images"` and `"second_dataset"`.
     """
 
     systems: dict[str, dict[str, Metric]]
@@ -55,6 +78,7 @@ class Metrics(TypedDict):
     costs: NotRequired[dict[str, Cost]]
     retrieval: NotRequired[dict[str, dict[str, Metric]]]
     retrieval_differences: NotRequired[dict[str, dict[str, Metric]]]
+    transfer: NotRequired[dict[str, Probed]]
 
 
 class Sizes(TypedDict):
