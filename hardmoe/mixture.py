@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 
 from hardmoe.artifacts.fingerprint import digest
 from hardmoe.artifacts.gate import has_features_from_elsewhere, has_random_parts
-from hardmoe.artifacts.names import LIMITS, expert_name
+from hardmoe.artifacts.names import expert_name
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.given_images import pieces, squares
 from hardmoe.data.reading import tag_names
 from hardmoe.errors import DataError
-from hardmoe.evaluation.abstention import QUANTILES_Q, distance_limit
+from hardmoe.evaluation.abstention import kept_limit
 from hardmoe.evaluation.topk import log_weights
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.branching import split
@@ -103,28 +103,6 @@ class Judged:
     refused_N: NDArray[np.bool_]
 
 
-def check_coverage(store: ArtifactStore, coverage: float | None) -> None:
-    """Whether a run can answer such a share of images.
-
-    Raises:
-        DataError: it has not kept how far an image may be from every centroid, or the share is none.
-    """
-    if coverage is None:
-        return
-    if not QUANTILES_Q[0] <= coverage <= QUANTILES_Q[-1]:
-        raise DataError(f"coverage {coverage:g} is no share of images to answer; give one from 0.001 to 0.999, or none for all")
-    limits = store.find(LIMITS)
-    if limits is None:
-        raise DataError(
-            f"coverage {coverage:g} needs the distances of validation images, which {store.storage.where()} has not kept; "
-            "run `hardmoe evaluate` with evaluation.abstention: true"
-        )
-    if limits.payload["distances"] is None:
-        raise DataError(
-            f"{store.storage.where(LIMITS)} knows of no validation image, by which others would be far; take another run"
-        )
-
-
 class Mixture:
     """Trunk, router, experts and decoder of a finished run.
 
@@ -165,7 +143,7 @@ class Mixture:
         store = ArtifactStore(open_storage(root))
         for name in ("trunk", "partition", "decoder", "vocabulary"):
             store.get(name)
-        check_coverage(store, options.coverage)
+        kept_limit(store, options.coverage)
         if has_random_parts(store.get("partition")):
             raise DataError(
                 f"the partition in {root} is random, so nothing says which expert a new image goes to; "
@@ -209,9 +187,7 @@ class Mixture:
     @cached_property
     def limit(self) -> float | None:
         """The distance beyond which an image is refused; None refuses none."""
-        if self.options.coverage is None:
-            return None
-        return distance_limit(self.store.get(LIMITS).payload, self.options.coverage)
+        return kept_limit(self.store, self.options.coverage)
 
     @property
     def num_experts(self) -> int:

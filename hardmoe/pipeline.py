@@ -17,18 +17,9 @@ from hardmoe.decoder.stage import decoder_stage
 from hardmoe.distil import stage as distilling
 from hardmoe.distil.config import StudentConfig
 from hardmoe.errors import RecipeError
+from hardmoe.evaluation import stage as judging
 from hardmoe.evaluation.config import RivalConfig, TransferConfig
-from hardmoe.evaluation.stage import (
-    ABSTENTION,
-    OWN_IMAGES,
-    SECOND_DATASET,
-    System,
-    abstention_stage,
-    evaluation_stage,
-    losses_stage,
-    probe_stage,
-    temperature_stage,
-)
+from hardmoe.evaluation.stage import System
 from hardmoe.experts.origin import Origin, identify_origin
 from hardmoe.experts.stages import (
     dense_stage,
@@ -128,10 +119,10 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
         systems["random_partition"] = replace(_system(recipe, random), gate=None)
     further = _probes(recipe, stages, systems, external)
     if recipe.evaluation.abstention:
-        further[ABSTENTION] = LIMITS
-        stages.append(nearest_stage(1, f"{ABSTENTION}/nearest"))
-        stages.append(abstention_stage(recipe.evaluation, whole, f"{ABSTENTION}/nearest"))
-    stages.append(evaluation_stage(recipe.evaluation, systems, further))
+        further[judging.ABSTENTION] = LIMITS
+        stages.append(nearest_stage(1, f"{judging.ABSTENTION}/nearest"))
+        stages.append(judging.abstention_stage(recipe.evaluation, whole, f"{judging.ABSTENTION}/nearest"))
+    stages.append(judging.evaluation_stage(recipe.evaluation, systems, further))
     stages.append(report_stage(recipe.what(), stages))
     return [with_source(stage, recipe.dataset) for stage in stages]
 
@@ -312,14 +303,14 @@ def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, Sys
 def _top_k(recipe: Recipe, stages: list[Stage], mixture: Mixture, top_k: int) -> System:
     """Add what several experts say of held-out images, and how to weigh them."""
     embeddings, temperature = _several(stages, mixture, top_k, TOP_K), f"{TOP_K}/temperature"
-    stages.append(temperature_stage(temperature, embeddings, mixture.decoder))
+    stages.append(judging.temperature_stage(temperature, embeddings, mixture.decoder))
     return replace(_system(recipe, mixture), embeddings=embeddings, passes=top_k, temperature=temperature)
 
 
 def _all_experts(recipe: Recipe, stages: list[Stage], mixture: Mixture) -> dict[str, System]:
     """Add what all experts say of held-out images, and what each is worth on its own."""
     embeddings, losses = _several(stages, mixture, recipe.partition.experts, ALL_EXPERTS), f"{ALL_EXPERTS}/losses"
-    stages.append(losses_stage(losses, embeddings, mixture.decoder))
+    stages.append(judging.losses_stage(losses, embeddings, mixture.decoder))
     whole = replace(_system(recipe, mixture), embeddings=embeddings)
     return {
         "best_single_expert": replace(whole, chosen_by="validation", losses=losses),
@@ -340,12 +331,12 @@ def _probes(recipe: Recipe, stages: list[Stage], systems: Mapping[str, System], 
     found, config = {}, recipe.evaluation
     spaces = {name: told for name, told in systems.items() if told.temperature is None and told.chosen_by is None}
     if config.probe:
-        found[OWN_IMAGES] = "probe"
-        stages.append(probe_stage("probe", config, spaces))
+        found[judging.OWN_IMAGES] = "probe"
+        stages.append(judging.probe_stage("probe", config, spaces))
     if config.transfer is not None:
-        found[SECOND_DATASET] = f"{TRANSFER}probe"
+        found[judging.SECOND_DATASET] = f"{TRANSFER}probe"
         elsewhere = _elsewhere(recipe, stages, spaces, (config.transfer, external.second_source_sha256 or ""))
-        stages.append(probe_stage(f"{TRANSFER}probe", config, elsewhere, TRANSFER))
+        stages.append(judging.probe_stage(f"{TRANSFER}probe", config, elsewhere, TRANSFER))
     return found
 
 

@@ -81,18 +81,7 @@ class Recipe(Config):
                 "experts.budget: examples gives every expert as many images, where partition.overlap and "
                 "partition.out_of_part_fraction let some train on more; take those out, or set experts.budget: epochs"
             )
-        several = next((key for key in ("top_k", "all_experts", "abstention") if getattr(self.evaluation, key)), None)
-        if several is not None and not self.partition.is_routed:
-            value = str(getattr(self.evaluation, several)).lower()
-            raise ValueError(
-                f"evaluation.{several}: {value} goes by the distance to the experts' centroids, which random parts have none of; "
-                f"set partition.method: kmeans, or leave evaluation.{several} out"
-            )
-        if (top_k := self.evaluation.top_k) is not None and top_k > self.partition.experts:
-            raise ValueError(
-                f"evaluation.top_k is {top_k}, but there are {self.partition.experts} experts (partition.experts); set it to "
-                "as many at most"
-            )
+        self.evaluation.check_can_route(self.partition.is_routed, self.partition.experts, bool(self.features.path))
         if self.decoder.rounds and self.experts.epochs <= (epochs := self.decoder.rounds * self.decoder.round_epochs):
             raise ValueError(
                 f"decoder.rounds: {self.decoder.rounds} takes the last {epochs} epochs of experts.epochs: {self.experts.epochs}, "
@@ -102,12 +91,6 @@ class Recipe(Config):
             raise ValueError(
                 f"decoder.rounds: {self.decoder.rounds} trains experts against the decoder, whose loss '{self.decoder.loss}' is "
                 f"not their '{self.experts.loss}'; set decoder.loss: {self.experts.loss}, or decoder.rounds: 0"
-            )
-        if self.evaluation.transfer is not None and (not self.partition.is_routed or self.features.path):
-            why = "features that were computed elsewhere (features.path)" if self.partition.is_routed else "random parts"
-            raise ValueError(
-                f"evaluation.transfer sends other images to the experts by the trunk's features, which {why} cannot do; "
-                "set partition.method: kmeans without features.path, or leave evaluation.transfer out"
             )
         if self.partition.method == "given" and self.dataset.part_column is None:
             raise ValueError(

@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hardmoe.artifacts.names import LIMITS
+from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.config import Json
 from hardmoe.data.ids import order_of_distinct, sortable
 from hardmoe.data.reading import Labels, labels_of
 from hardmoe.data.schemas import NEAREST
-from hardmoe.errors import CorruptFileError
+from hardmoe.errors import CorruptFileError, DataError
 from hardmoe.evaluation.bootstrap import BOOTSTRAP_SEED, interval_result, null_result, paired_result, poisson_weights
 from hardmoe.evaluation.config import EvaluationConfig
 from hardmoe.evaluation.metrics import top_tags
@@ -45,6 +47,7 @@ QUANTILES_Q = np.arange(1, 1000) / 1000
 RULES = ("distance", "probability")
 MOST_IMAGES = 200_000
 """Of a split, drawn by hash: a limit is then within a tenth of a per cent of coverage."""
+_NOTHING = null_result("no test image is answered")
 _BATCH = 1024
 _CHUNK = 2048
 
@@ -94,12 +97,17 @@ def curve_results(sums: dict[str, NDArray[np.float64]]) -> dict[str, Json]:
     for at, coverage in enumerate(COVERAGES_L.tolist()):
         point: dict[str, Json] = {"coverage": coverage}
         for rule in RULES:
-            value = interval_result(precision[rule][:, at])
+            value = interval_result(precision[rule][:, at]) if sums[rule][0, at, 0] else _NOTHING
             point[rule] = {"answered": interval_result(answered[rule][:, at]), "precision@1": value}
-        point["difference"] = paired_result(precision[first][:, at], precision[second][:, at])
+        both = all(sums[rule][0, at, 0] for rule in RULES)
+        point["difference"] = paired_result(precision[first][:, at], precision[second][:, at]) if both else _NOTHING
         points.append(point)
-    area: dict[str, Json] = {rule: interval_result(values_R) for rule, values_R in areas.items()}
-    return {"curve": points, "area": area | {"difference": paired_result(areas[first], areas[second])}}
+    area: dict[str, Json] = {
+        rule: interval_result(values_R) if np.isfinite(values_R[0]) else _NOTHING for rule, values_R in areas.items()
+    }
+    difference_R = areas[first] - areas[second]
+    area["difference"] = interval_result(difference_R) if np.isfinite(difference_R[0]) else _NOTHING
+    return {"curve": points, "area": area}
 
 
 def _shares(some: NDArray[np.float64], of: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -115,7 +123,8 @@ class AbstentionWork:
         (fitted,) = yield Phase("fit", [Unit("validation", _fraction(context, "validation"))])
         limits = fitted.payload["limits"]
         if limits is None:
-            results: dict[str, Json] = {"area": {rule: null_result("no validation image to fit a limit on") for rule in RULES}}
+            nothing = null_result("no validation image to fit a limit on")
+            results: dict[str, Json] = {"area": dict.fromkeys((*RULES, "difference"), nothing)}
         else:
             judged = yield Phase("judge", [Unit("test", {"limits": limits, **_fraction(context, "test")})])
             results = judged[0].payload
@@ -210,12 +219,28 @@ def _distances(context: UnitContext, split: str, ids_N16: NDArray[np.uint8], fra
     return np.sqrt(squared_N[order_N])
 
 
-def distance_limit(payload: Json, coverage: float) -> float:
-    """The distance beyond which an image is refused so that such a share of images like the validation images is answered.
+def kept_limit(store: ArtifactStore, coverage: float | None) -> float | None:
+    """The distance beyond which a run's mixture refuses an image, so that such a share of images like its validation images is
+    answered; None to answer all. Between two of `QUANTILES_Q` it is interpolated.
 
-    Args:
-        payload: of the artifact, with distances.
-        coverage: between the smallest and the largest of `QUANTILES_Q`; in between the limits are interpolated.
+    Raises:
+        DataError: the run has not kept how far an image may be from every centroid, or the share is none.
     """
-    distances: Sequence[float] = payload["distances"]
+    if coverage is None:
+        return None
+    if not QUANTILES_Q[0] <= coverage <= QUANTILES_Q[-1]:
+        raise DataError(f"coverage {coverage:g} is no share of images to answer; give one from 0.001 to 0.999, or none for all")
+    limits = store.find(LIMITS)
+    if limits is None:
+        raise DataError(
+            f"coverage {coverage:g} needs the distances of validation images, which {store.storage.where()} has not kept; "
+            "run `hardmoe evaluate` with evaluation.abstention: true"
+        )
+    if limits.payload["distances"] is None:
+        raise DataError(f"{store.storage.where(LIMITS)} is of a run without validation images; take one that has some")
+    return interpolated(limits.payload["distances"], coverage)
+
+
+def interpolated(distances: Sequence[float], coverage: float) -> float:
+    """Of distances at `QUANTILES_Q`, the one at a share in between."""
     return float(np.interp(coverage, QUANTILES_Q, np.array(distances)))

@@ -110,6 +110,31 @@ class EvaluationConfig(Config):
     map_replicates: int = Field(default=100, ge=1)
     """Replicates behind the interval of `map`, which costs a pass over all scores for each of them."""
 
+    def check_can_route(self, is_routed: bool, num_experts: int, features_from_elsewhere: bool) -> None:
+        """Whether the partition can say what is asked of it.
+
+        Raises:
+            ValueError: it cannot, since its parts are random, its experts too few, or its features computed elsewhere.
+        """
+        by_distance = next((key for key in ("top_k", "all_experts", "abstention") if getattr(self, key)), None)
+        if by_distance is not None and not is_routed:
+            value = str(getattr(self, by_distance)).lower()
+            raise ValueError(
+                f"evaluation.{by_distance}: {value} goes by the distance to the experts' centroids, which random parts have none "
+                f"of; set partition.method: kmeans, or leave evaluation.{by_distance} out"
+            )
+        if self.top_k is not None and self.top_k > num_experts:
+            raise ValueError(
+                f"evaluation.top_k is {self.top_k}, but there are {num_experts} experts (partition.experts); set it to as many "
+                "at most"
+            )
+        if self.transfer is not None and (features_from_elsewhere or not is_routed):
+            why = "features that were computed elsewhere (features.path)" if is_routed else "random parts"
+            raise ValueError(
+                f"evaluation.transfer sends other images to the experts by the trunk's features, which {why} cannot do; "
+                "set partition.method: kmeans without features.path, or leave evaluation.transfer out"
+            )
+
     @model_validator(mode="after")
     def _rivals_have_names_of_their_own(self) -> Self:
         for name in self.rivals:

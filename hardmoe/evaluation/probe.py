@@ -36,9 +36,9 @@ PENALTIES = tuple(10.0 ** (-step / 2) for step in range(-2, 13))
 """From the largest on."""
 NEIGHBOUR_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200)
 VOTE_TEMPERATURE = 0.07
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 """Of the largest component of the gradient; the loss is then within about its square over the penalty of the smallest."""
-_MOST_ITERATIONS = 300
+_MOST_ITERATIONS = 500
 _WORSE_IN_A_ROW = 2
 _CHUNK_LOGITS = 2**21
 """Logits that are held at a time, in float64: 16 MB."""

@@ -10,7 +10,7 @@ Shape letters: K experts.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from hardmoe.report.charts import Bar, Captions, Interval, Series
 from hardmoe.report.collect import curve_name
 from hardmoe.report.formats import format_count, format_duration, format_large, format_percent, format_points, format_time
 from hardmoe.report.parts import describe_partition, distance_chart, fit_chart
+from hardmoe.report.questions import PROBE_NAMES, RULES, abstention_chart, abstention_rows, probe_tables
 from hardmoe.report.schema import (
     Breakdown,
     Cost,
@@ -37,19 +38,8 @@ from hardmoe.report.schema import (
     ReportProvenance,
     StageTime,
 )
+from hardmoe.report.systems import CONTROL, HEADLINE_METRIC, MIXTURE, SYSTEMS, ordered
 
-SYSTEMS = {
-    "trunk": "the first network, alone",
-    "dense": "one network of all images, trained by the same rules",
-    "dense_refit": "dense, decoder refitted: the control",
-    "experts_own_decoder": "experts, each with its own decoder",
-    "mixture": "experts, one decoder shared by all",
-    "distilled": "one network that learnt from the mixture",
-    "mixture_topk": "several of the nearest experts, mixed",
-    "best_single_expert": "one expert for all images, chosen on validation",
-    "oracle_expert": "the best expert of each image, told by its tags",
-    "random_partition": "mixture over randomly drawn parts",
-}
 METRICS = {
     "precision@1": "share of images whose first predicted tag is right",
     "precision@5": "share of right tags among the first 5",
@@ -64,17 +54,7 @@ NEIGHBOURS = {
     "neighbours@10:own": "among those of the image's own part",
     "neighbours@10:other": "among those of other parts",
 }
-PROBES = {
-    "linear": ("precision@1", "recall@10"),
-    "knn": ("precision@1", "recall@10"),
-    "neighbours": ("neighbours@10:all", "neighbours@10:other"),
-}
-"""Columns of what probes say, by probe."""
-PROBE_NAMES = {"linear": "linear", "knn": "votes", "neighbours": "neighbours"}
-COLLECTIONS = {"own_images": "this run's own images", "second_dataset": "the second dataset"}
-MIXTURE, CONTROL = "mixture", "dense_refit"
 COMPARISON = f"{MIXTURE} - {CONTROL}"
-HEADLINE_METRIC = "precision@1"
 NUM_VISIBLE_IMAGES = NUM_OPEN_GALLERIES = 8
 """Cards beyond this many keep the rest of their images folded away, so a page of 64 experts can still be leafed through."""
 MOSAIC_SIZE = 64
@@ -161,12 +141,6 @@ def _verdict(metric: Metric) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "no difference"
 
 
-def ordered(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
-    """Known names in their own order, then the others by name."""
-    present = set(names)
-    return [name for name in known if name in present] + sorted(present - set(known))
-
-
 def metric_table(data: ReportData) -> dict[str, Any]:
     """Rows, columns, the systems with the best value of every column, and the reasons of the values that are missing."""
     systems = data["metrics"]["systems"]
@@ -205,31 +179,6 @@ def retrieval_rows(data: ReportData) -> list[tuple[str, Mapping[str, Metric], Ma
     """Systems with the shares of right neighbours in their spaces, and what the mixture's are above them."""
     shares, differences = data["metrics"].get("retrieval", {}), data["metrics"].get("retrieval_differences", {})
     return [(name, shares[name], differences.get(f"{MIXTURE} - {name}", {})) for name in ordered(shares, SYSTEMS)]
-
-
-def probe_tables(data: ReportData) -> list[dict[str, Any]]:
-    """Of every collection that was probed: its facts, its columns, the systems' values, the mixture's above theirs."""
-    found = []
-    for name, title in COLLECTIONS.items():
-        if (probed := data["metrics"].get("transfer", {}).get(name)) is None:
-            continue
-        systems: Mapping[str, Mapping[str, Any]] = probed["systems"]
-        columns = [
-            (probe, metric) for probe, names in PROBES.items() for metric in names if any(probe in of for of in systems.values())
-        ]
-        rows = []
-        for system in ordered(systems, SYSTEMS):
-            difference = probed["differences"].get(f"{MIXTURE} - {system}", {})
-            rows.append(
-                (
-                    system,
-                    systems[system]["fitted"],
-                    [systems[system].get(probe, {}).get(metric) for probe, metric in columns],
-                    [difference.get(probe, {}).get(metric) for probe, metric in columns],
-                )
-            )
-        found.append({"title": title, "probed": probed, "columns": columns, "rows": rows})
-    return found
 
 
 def _system_chart(data: ReportData) -> Markup | None:
@@ -411,6 +360,10 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             neighbours=NEIGHBOURS,
             probes=probe_tables(data),
             probe_names=PROBE_NAMES,
+            abstention=data["metrics"].get("abstention"),
+            abstention_chart=abstention_chart(data),
+            abstention_rows=abstention_rows(data),
+            rules=RULES,
             comparisons=sorted(data["metrics"]["differences"].items(), key=lambda item: (item[0] != COMPARISON, item[0])),
             verdict=_verdict,
             forest=[chart for chart in (_system_chart(data), _difference_chart(data)) if chart],

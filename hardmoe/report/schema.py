@@ -64,6 +64,18 @@ class Probed(TypedDict):
     dataset: NotRequired[dict[str, Any]]
 
 
+class Abstention(TypedDict):
+    """What the mixture is worth if it refuses images.
+
+    A point of the curve has its `coverage`, of each rule the share of test images `answered` and the `precision@1` of those, and
+    their `difference`; `area` is what lies above the curves. There is no curve where there was no validation image.
+    """
+
+    area: dict[str, Metric]
+    examples: NotRequired[int]
+    curve: NotRequired[list[dict[str, Any]]]
+
+
 class Metrics(TypedDict):
     """Metrics by system and by name, and the paired differences, keyed `"mixture - dense_refit"`.
 
@@ -79,6 +91,7 @@ class Metrics(TypedDict):
     retrieval: NotRequired[dict[str, dict[str, Metric]]]
     retrieval_differences: NotRequired[dict[str, dict[str, Metric]]]
     transfer: NotRequired[dict[str, Probed]]
+    abstention: NotRequired[Abstention]
 
 
 class Sizes(TypedDict):
