@@ -8,7 +8,7 @@ for, what share of test images was answered, and the precision@1 of those (a ris
 area is the mean over the coverages of 1 - precision@1: the smaller, the better a rule finds the images that the mixture is wrong
 about. A rule that refuses at random has the risk of full coverage everywhere.
 
-In use only the first rule is offered, which needs no expert's pass. Rejected: limits fitted on test images, which make a curve
+In use only the first rule is offered, which asks the gate alone. Rejected: limits fitted on test images, which make a curve
 that no use reaches; a limit for each part, which refuses as many images in a part of clean images as in one of noise.
 
 Shape letters: N images, V tags, B replicates, R = 1 + B rows, L coverages of the curve, Q quantiles.

@@ -90,7 +90,8 @@ class EvaluationConfig(Config):
 
     probe: bool = added(False)
     """Also say what others could read off each system's space: a linear probe (logistic regression) and the votes of the nearest
-    neighbours, fitted to frozen features of training images, chosen on validation and judged on test."""
+    neighbours, fitted to frozen features of training images, chosen on validation and judged on test. Takes minutes a
+    system where there are thousands of hashtags."""
 
     transfer: TransferConfig | None = added(None)
     """A second, labelled dataset that no network was trained on, with the same keys as `dataset` and `min_count` and `max_tags`:
