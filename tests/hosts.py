@@ -23,7 +23,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 _ALONE = ["setpriv", "--pdeathsig", "KILL", "unshare"]
 """The kernel ends what stands behind it when the test's process ends, killed ones included."""
 _NAMESPACES = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
-_TRY = "mount --make-rprivate / && mount -t tmpfs tmpfs /tmp && ip link add br0 type bridge && ip link add v type veth peer name w"
+_TRY = """
+mount --make-rprivate / && mount -t tmpfs tmpfs /tmp && ip link add br0 type bridge && ip link add v0 type veth peer name v1
+"""
 _BEGIN = """
 hostname {name} && mount --make-rprivate / && mount -t tmpfs -o size={disk} tmpfs /tmp &&
 mount -t tmpfs -o size=256m tmpfs /dev/shm && mkdir /tmp/home && ip link set lo up &&
@@ -68,6 +70,7 @@ class Host:
         self.name = name
         self.address = f"10.77.0.{number}"
         self._switch = switch
+        self._number = number
         self._port = f"v{number}"
         self._environment = environment
         self._disk = disk
@@ -79,19 +82,24 @@ class Host:
         """Begin with an empty temporary folder and no process, whatever was there before."""
         self.kill()
         begin = _BEGIN.format(name=self.name, address=self.address, disk=self._disk)
-        self._init = subprocess.Popen(
-            [*_ALONE, *_NAMESPACES, "bash", "-c", begin], stdout=subprocess.PIPE, env=self._environment
-        )
+        self._init = subprocess.Popen([*_ALONE, *_NAMESPACES, "bash", "-c", begin], stdout=subprocess.PIPE, env=self._environment)
         assert self._init.stdout is not None and self._init.stdout.readline() == b"ready\n", f"the host {self.name} did not begin"
         (first,) = psutil.Process(self._init.pid).children()
         self._first = first.pid
         ip = self._switch.ip
-        ip("link", "add", self._port, "type", "veth", "peer", "name", "eth0", "netns", str(self._first))
+        # A host that boots anew keeps its network card, and the others remember the card's own address for a while.
+        card = ["address", f"02:00:00:00:00:{self._number:02x}", "netns", str(self._first)]
+        ip("link", "add", self._port, "type", "veth", "peer", "name", "eth0", *card)
         ip("link", "set", self._port, "master", "br0", "up")
         ip("addr", "add", f"{self.address}/24", "dev", "eth0", namespace=self._first)
         ip("link", "set", "eth0", "up", namespace=self._first)
         # Ray finds its own address by the route to anywhere, and by the host's name.
         ip("route", "add", "default", "dev", "eth0", namespace=self._first)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it was booted and not killed since."""
+        return self._init is not None
 
     def kill(self) -> None:
         """End it, and all that runs on it, as a power cut does."""

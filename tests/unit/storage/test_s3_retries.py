@@ -338,9 +338,7 @@ def test_outage_within_the_patience_is_survived_however_often_it_refuses(
     assert s3_store.proxy.injected == {"busy": 60}
 
 
-def test_busy_store_is_given_up_after_a_bounded_time(
-    s3_store: Store, storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_busy_store_is_given_up_after_a_bounded_time(s3_store: Store, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience is 60 s in earnest."""
     monkeypatch.setattr("hardmoe.storage.s3_client.PATIENCE_SECONDS", 0.3)
     s3_store.proxy.faults = Faults(busy=1.0)
