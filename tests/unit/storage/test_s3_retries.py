@@ -18,7 +18,7 @@ from s3 import Fault, Faults, Store
 
 from hardmoe.artifacts.record import Record
 from hardmoe.artifacts.store import Artifact
-from hardmoe.errors import CorruptFileError, StorageError
+from hardmoe.errors import CorruptFileError, StorageError, StoreAwayError
 from hardmoe.stage import FileEntry
 from hardmoe.storage import Storage, open_storage, s3_silence, sha256_of
 from hardmoe.storage import s3 as s3_module
@@ -343,7 +343,7 @@ def test_busy_store_is_given_up_after_a_bounded_time(s3_store: Store, storage: S
     monkeypatch.setattr("hardmoe.storage.s3_client.PATIENCE_SECONDS", 0.3)
     s3_store.proxy.faults = Faults(busy=1.0)
     with pytest.raises(
-        StorageError,
+        StoreAwayError,
         match=r"^cannot write s3://\S+/run/file: http://\S+ keeps answering 503 SlowDown; run again later or with less in "
         r"parallel, finished work is kept$",
     ):
