@@ -123,7 +123,7 @@ def test_image_installs_the_lock_and_what_it_copies_exists() -> None:
 
 def test_commands_of_the_runbook_that_need_no_account_run_and_the_others_are_marked(tmp_path: Path) -> None:
     blocks = re.findall(r"^```(\S+ ?\S*)\n(.*?)^```$", (CLUSTER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert {info for info, _ in blocks} == {"sh", "sh account"}
+    assert {info for info, _ in blocks} == {"sh", "sh cluster", "sh account"}
     for info, body in blocks:
         for line in body.splitlines():
             words = line.split()
