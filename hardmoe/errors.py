@@ -4,7 +4,8 @@
     ├── RecipeError              the recipe is missing, malformed or impossible
     ├── DataError                the user's data cannot be used (path, column, tags, sizes)
     ├── StorageError             a place cannot be read or written (missing, read-only, full)
-    │   └── MissingFileError     there is no such file
+    │   ├── MissingFileError     there is no such file
+    │   └── StoreAwayError       a store did not answer, or was too busy, for as long as is waited for; a unit is tried again
     ├── ArtifactError            an artifact in the root is not what its record says
     │   ├── MissingRecordError   no record: the artifact does not exist (yet)
     │   ├── CorruptFileError     a file is truncated, altered or unreadable
@@ -44,6 +45,10 @@ class StorageError(HardmoeError):
 
 class MissingFileError(StorageError):
     """There is no such file."""
+
+
+class StoreAwayError(StorageError):
+    """A store did not answer, or only that it was too busy, for as long as it is waited for."""
 
 
 class ArtifactError(HardmoeError):

@@ -33,6 +33,7 @@ from hardmoe.data.config import PILLOW_MAX_PIXELS
 from hardmoe.data.given_images import pieces, squares
 from hardmoe.data.reading import tag_names
 from hardmoe.errors import CorruptFileError, DataError, RebuiltInputError
+from hardmoe.evaluation.abstention import kept_limit
 from hardmoe.evaluation.topk import log_weights
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.branching import split
@@ -66,6 +67,9 @@ class UseOptions:
     """Whether networks go through `torch.compile`, which takes a minute for each and then saves some of the time."""
     memory_gib: float | None = None
     """What the experts may take together, in GiB; the one in use always stays. None for no limit."""
+    coverage: float | None = None
+    """Share of images like the run's validation images that is answered, from 0.001 to 0.999: those that are farther from every
+    centroid than that share of them get no tag. None answers all. Needs a run with `evaluation.abstention`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Prediction:
     expert: int
     """Which expert answered."""
     tags: list[str]
+    """None of an image that is refused (`UseOptions.coverage`)."""
     probabilities: list[float]
 
 
@@ -88,6 +93,14 @@ class Seen:
 
     def __len__(self) -> int:
         return len(self.pixels_N3SS)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the gate says of some images."""
+
+    experts_N: NDArray[np.int32]
+    refused_N: NDArray[np.bool_]
 
 
 class Mixture:
@@ -125,11 +138,13 @@ class Mixture:
 
         Raises:
             MissingRecordError: the run is not finished; names the artifact that is missing.
-            DataError: its partition is random, or goes by features that were computed elsewhere.
+            DataError: its partition is random, or goes by features that were computed elsewhere; or images are to be refused and
+                the run has not kept how far they may be.
         """
         store = ArtifactStore(open_storage(root))
         for name in ("trunk", "partition", "decoder", "vocabulary"):
             store.get(name)
+        kept_limit(store, options.coverage)
         if has_random_parts(store.get("partition")):
             raise DataError(
                 f"the partition in {root} is random, so nothing says which expert a new image goes to; "
@@ -169,6 +184,11 @@ class Mixture:
         # A record holds what differs from the default, which is the image.
         stage: str | None = self.artifact(f"experts/{expert_name(0)}").record.config["experts"].get("branch_at")
         return stage
+
+    @cached_property
+    def limit(self) -> float | None:
+        """The distance beyond which an image is refused; None refuses none."""
+        return kept_limit(self.store, self.options.coverage)
 
     @property
     def num_experts(self) -> int:
@@ -249,6 +269,11 @@ class Mixture:
         """The expert of every image, int32 [N]."""
         return self.router.route(self._routing_features(seen)).primary_N
 
+    def judge_seen(self, seen: Seen) -> "Judged":
+        """The expert of every image, and which images are refused."""
+        features_ND = self._routing_features(seen)
+        return Judged(self.router.route(features_ND).primary_N, self._too_far(features_ND))
+
     def embed_seen(self, seen: Seen, experts_N: NDArray[np.int32]) -> torch.Tensor:
         """Every image's place in the unified space, by the expert given, float32 [N, Z] on the CPU; one expert after another."""
         unified_NZ = torch.empty(len(seen), self.decoder.dim)
@@ -298,11 +323,16 @@ class Mixture:
         with torch.inference_mode():
             return torch.softmax(self.decoder.decode(unified_NZ), dim=1)
 
-    def best(self, probabilities_NV: torch.Tensor, experts_N: NDArray[np.int32], k: int) -> list[Prediction]:
-        """The k most probable tags of every row, best first, and of equals that with the lower index."""
+    def best(
+        self, probabilities_NV: torch.Tensor, experts_N: NDArray[np.int32], k: int, refused_N: NDArray[np.bool_] | None = None
+    ) -> list[Prediction]:
+        """The k most probable tags of every row, best first, and of equals that with the lower index; none of those refused."""
         top = torch.sort(probabilities_NV, dim=1, descending=True, stable=True)
         rows = zip(experts_N.tolist(), top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
-        return [Prediction(expert, [self.tags[i] for i in indices], values) for expert, indices, values in rows]
+        found = [Prediction(expert, [self.tags[i] for i in indices], values) for expert, indices, values in rows]
+        for row in [] if refused_N is None else np.flatnonzero(refused_N).tolist():
+            found[row] = Prediction(found[row].expert, [], [])
+        return found
 
     def _all_seen(self, images: "Sequence[GivenImage]") -> Iterator[Seen]:
         for piece in pieces(images, self.image_size, _PIECE_BYTES):
@@ -310,10 +340,17 @@ class Mixture:
 
     def _predict(self, seen: Seen, k: int, experts: int, temperature: float) -> list[Prediction]:
         if experts == 1:
-            experts_N = self.route_seen(seen)
-            return self.best(self.decode(self.embed_seen(seen, experts_N)), experts_N, k)
-        experts_N, probabilities_NV = self._mixed(seen, experts, temperature)
-        return self.best(probabilities_NV, experts_N, k)
+            judged = self.judge_seen(seen)
+            return self.best(self.decode(self.embed_seen(seen, judged.experts_N)), judged.experts_N, k, judged.refused_N)
+        judged, probabilities_NV = self._mixed(seen, experts, temperature)
+        return self.best(probabilities_NV, judged.experts_N, k, judged.refused_N)
+
+    def _too_far(self, features_ND: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which images are refused, by the trunk's features as they are stored, bool [N]."""
+        if self.limit is None:
+            return np.zeros(len(features_ND), bool)
+        _, squared_N1 = self.router.nearest(features_ND, 1)
+        return np.asarray(np.sqrt(squared_N1[:, 0]) > self.limit)
 
     def _batches(self, num_images: int) -> Iterator[tuple[slice, int]]:
         """Images that pass in batches of one size, and the size: of most, that of the stages which compute the same."""
@@ -365,14 +402,15 @@ class Mixture:
             )
         return float(temperature.record.payload["temperature"])
 
-    def _mixed(self, seen: Seen, num_experts: int, temperature: float) -> tuple[NDArray[np.int32], torch.Tensor]:
-        """The nearest expert [N], and the probabilities [N, V] that several mix as `evaluation.topk` does."""
-        nearest_Nk, squared_Nk = self.router.nearest(self._routing_features(seen), num_experts)
+    def _mixed(self, seen: Seen, num_experts: int, temperature: float) -> tuple["Judged", torch.Tensor]:
+        """The nearest expert of each, and the probabilities [N, V] that several mix as `evaluation.topk` does."""
+        features_ND = self._routing_features(seen)
+        nearest_Nk, squared_Nk = self.router.nearest(features_ND, num_experts)
         weights_Nk = torch.from_numpy(log_weights(squared_Nk, temperature)).float()
         with torch.inference_mode():
             logits = [self.decoder.decode(self.embed_seen(seen, experts_N)) for experts_N in nearest_Nk.T]
             said = [torch.log_softmax(each_NV, dim=1) + weights_Nk[:, at, None] for at, each_NV in enumerate(logits)]
-        return nearest_Nk[:, 0], torch.stack(said).logsumexp(0).exp()
+        return Judged(nearest_Nk[:, 0], self._too_far(features_ND)), torch.stack(said).logsumexp(0).exp()
 
     def _aligned(self, features_nD: torch.Tensor, expert: int) -> torch.Tensor:
         with torch.inference_mode():

@@ -5,8 +5,10 @@ Rejected: paths and times of change, by which a collection that was moved would 
 
 import hashlib
 
+from hardmoe.artifacts.names import TRANSFER
 from hardmoe.artifacts.store import Artifact, ArtifactStore
-from hardmoe.data.inventory import Inventory, take_inventory
+from hardmoe.data.config import DatasetConfig
+from hardmoe.data.inventory import Inventory, cache_of, take_inventory
 from hardmoe.data.places import read_place
 from hardmoe.data.sources.registry import open_source
 from hardmoe.errors import DataError, DriftError
@@ -17,16 +19,28 @@ from hardmoe.storage import open_storage
 
 def source_digest(recipe: Recipe, store: ArtifactStore) -> str:
     """The identity of the source's files; as a finished dataset, here or in a root to reuse, records it where they are gone."""
-    dataset = store.find("dataset")
+    return _source_digest(recipe.dataset, "dataset", recipe, store)
+
+
+def second_source_digest(recipe: Recipe, store: ArtifactStore) -> str | None:
+    """The same of the second dataset; None where the recipe names none."""
+    transfer = recipe.evaluation.transfer
+    return None if transfer is None else _source_digest(transfer.dataset(), f"{TRANSFER}dataset", recipe, store)
+
+
+def _source_digest(config: DatasetConfig, name: str, recipe: Recipe, store: ArtifactStore) -> str:
+    dataset = store.find(name)
     try:
-        found = take_inventory(open_source(recipe.dataset).files(), store.storage)
-    except DataError:
-        elsewhere = (ArtifactStore(open_storage(root)).find("dataset") for root in recipe.reuse)
-        known = dataset or next((there for there in elsewhere if there is not None and _same_source(recipe, there)), None)
+        found = take_inventory(open_source(config).files(), store.storage, cache_of(name))
+    except DataError as error:
+        elsewhere = (ArtifactStore(open_storage(root)).find(name) for root in recipe.reuse)
+        known = dataset or next((there for there in elsewhere if there is not None and _same_source(config, there)), None)
+        if known is None and name != "dataset":
+            raise DataError(f"evaluation.transfer: {error}") from error
         if known is None:
             raise
         return _recorded_digest(known)
-    if dataset is not None and found.digest() != _recorded_digest(dataset) and _same_source(recipe, dataset):
+    if dataset is not None and found.digest() != _recorded_digest(dataset) and _same_source(config, dataset):
         raise DriftError(_changed_files(store, dataset, found))
     return found.digest()
 
@@ -36,9 +50,9 @@ def _recorded_digest(dataset: Artifact) -> str:
     return digest
 
 
-def _same_source(recipe: Recipe, dataset: Artifact) -> bool:
+def _same_source(config: DatasetConfig, dataset: Artifact) -> bool:
     """Whether only the files are others; with another source or other columns, the recipe's differences tell more."""
-    return bool(dataset.record.config["dataset"] == recipe.dataset.identity())
+    return bool(dataset.record.config["dataset"] == config.identity())
 
 
 def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) -> str:
@@ -46,7 +60,7 @@ def _changed_files(store: ArtifactStore, dataset: Artifact, found: Inventory) ->
 
     changes = found.changes_since(read_source_table(dataset))
     return (
-        f"{store.storage.where('dataset')} was built from other files ({changes}; source.sha256: "
+        f"{store.storage.where(dataset.name)} was built from other files ({changes}; source.sha256: "
         f"{_recorded_digest(dataset)[:12]}… -> {found.digest()[:12]}…); either put the files back, or give a new "
         "'root' to build from those there are now"
     )

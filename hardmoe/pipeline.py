@@ -8,7 +8,7 @@ care than what it controls. Rejected: a graph declared in the recipe, which no u
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from hardmoe.artifacts.names import DENSE, ROUNDS, expert_name
+from hardmoe.artifacts.names import DENSE, LIMITS, ROUNDS, TRANSFER, expert_name
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.config import Json
 from hardmoe.data.config import DatasetConfig
@@ -17,8 +17,9 @@ from hardmoe.decoder.stage import decoder_stage
 from hardmoe.distil import stage as distilling
 from hardmoe.distil.config import StudentConfig
 from hardmoe.errors import RecipeError
-from hardmoe.evaluation.config import RivalConfig
-from hardmoe.evaluation.stage import System, evaluation_stage, losses_stage, temperature_stage
+from hardmoe.evaluation import stage as judging
+from hardmoe.evaluation.config import RivalConfig, TransferConfig
+from hardmoe.evaluation.stage import System
 from hardmoe.experts.origin import Origin, identify_origin
 from hardmoe.experts.stages import (
     dense_stage,
@@ -29,7 +30,7 @@ from hardmoe.experts.stages import (
     nearest_embeddings_stage,
 )
 from hardmoe.features.stage import external_features_stage, features_stage
-from hardmoe.outside import features_digest, hashtags_digests, source_digest
+from hardmoe.outside import features_digest, hashtags_digests, second_source_digest, source_digest
 from hardmoe.partitioning import advice_stages
 from hardmoe.partitioning.config import PartitionConfig
 from hardmoe.partitioning.stages import match_stage, nearest_stage, partition_stage, router_stage
@@ -69,6 +70,8 @@ class ExternalInputs:
     """Of the files of `features.path`; None where there are none, or while only the stages' names are of interest."""
     origin: Origin = field(default_factory=Origin)
     """Of what `experts.init` names, where it names something outside the root."""
+    second_source_sha256: str | None = None
+    """Of the files of `evaluation.transfer`; None where there is none, or while only the stages' names are of interest."""
 
 
 def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
@@ -80,7 +83,8 @@ def identify_inputs(recipe: Recipe, store: ArtifactStore) -> ExternalInputs:
     """
     source = source_digest(recipe, store)
     origin = identify_origin(recipe.experts, recipe.partition.experts, recipe.evaluation.dense_baseline, store)
-    return ExternalInputs(source, hashtags_digests(recipe, store), features_digest(recipe, store), origin)
+    second = second_source_digest(recipe, store)
+    return ExternalInputs(source, hashtags_digests(recipe, store), features_digest(recipe, store), origin, second)
 
 
 def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
@@ -113,7 +117,12 @@ def build_stages(recipe: Recipe, external: ExternalInputs) -> list[Stage]:
     if recipe.evaluation.random_partition:
         random = _random(recipe, stages, external.origin)
         systems["random_partition"] = replace(_system(recipe, random), gate=None)
-    stages.append(evaluation_stage(recipe.evaluation, systems))
+    further = _probes(recipe, stages, systems, external)
+    if recipe.evaluation.abstention:
+        further[judging.ABSTENTION] = LIMITS
+        stages.append(nearest_stage(1, f"{judging.ABSTENTION}/nearest"))
+        stages.append(judging.abstention_stage(recipe.evaluation, whole, f"{judging.ABSTENTION}/nearest"))
+    stages.append(judging.evaluation_stage(recipe.evaluation, systems, further))
     stages.append(report_stage(recipe.what(), stages))
     return [with_source(stage, recipe.dataset) for stage in stages]
 
@@ -294,14 +303,14 @@ def _dense(recipe: Recipe, stages: list[Stage], origin: Origin) -> dict[str, Sys
 def _top_k(recipe: Recipe, stages: list[Stage], mixture: Mixture, top_k: int) -> System:
     """Add what several experts say of held-out images, and how to weigh them."""
     embeddings, temperature = _several(stages, mixture, top_k, TOP_K), f"{TOP_K}/temperature"
-    stages.append(temperature_stage(temperature, embeddings, mixture.decoder))
+    stages.append(judging.temperature_stage(temperature, embeddings, mixture.decoder))
     return replace(_system(recipe, mixture), embeddings=embeddings, passes=top_k, temperature=temperature)
 
 
 def _all_experts(recipe: Recipe, stages: list[Stage], mixture: Mixture) -> dict[str, System]:
     """Add what all experts say of held-out images, and what each is worth on its own."""
     embeddings, losses = _several(stages, mixture, recipe.partition.experts, ALL_EXPERTS), f"{ALL_EXPERTS}/losses"
-    stages.append(losses_stage(losses, embeddings, mixture.decoder))
+    stages.append(judging.losses_stage(losses, embeddings, mixture.decoder))
     whole = replace(_system(recipe, mixture), embeddings=embeddings)
     return {
         "best_single_expert": replace(whole, chosen_by="validation", losses=losses),
@@ -315,6 +324,54 @@ def _several(stages: list[Stage], mixture: Mixture, count: int, place: str) -> s
     stages.append(nearest_stage(count, nearest))
     stages.append(nearest_embeddings_stage(embeddings, nearest, dict(enumerate(mixture.experts))))
     return embeddings
+
+
+def _probes(recipe: Recipe, stages: list[Stage], systems: Mapping[str, System], external: ExternalInputs) -> dict[str, str]:
+    """Add what is asked of the systems' spaces; returns the artifacts' names by role."""
+    found, config = {}, recipe.evaluation
+    spaces = {name: told for name, told in systems.items() if told.temperature is None and told.chosen_by is None}
+    if config.probe:
+        found[judging.OWN_IMAGES] = "probe"
+        stages.append(judging.probe_stage("probe", config, spaces))
+    if config.transfer is not None:
+        found[judging.SECOND_DATASET] = f"{TRANSFER}probe"
+        elsewhere = _elsewhere(recipe, stages, spaces, (config.transfer, external.second_source_sha256 or ""))
+        stages.append(judging.probe_stage(f"{TRANSFER}probe", config, elsewhere, TRANSFER))
+    return found
+
+
+def _elsewhere(
+    recipe: Recipe, stages: list[Stage], spaces: Mapping[str, System], second: tuple[TransferConfig, str]
+) -> dict[str, System]:
+    """Add a second dataset and what every network says of its images; returns the systems over them.
+
+    Every image goes to the expert that the router sends it to; a mixture without a router is left out.
+    """
+    (config, sha256), dataset, trunk = second, f"{TRANSFER}dataset", f"{TRANSFER}features"
+    features = features_stage(recipe.features)
+    more = [
+        replace(dataset_stage(config.dataset(), sha256), name=dataset),
+        replace(vocabulary_stage(config.hashtags(), {}), name=f"{TRANSFER}vocabulary", inputs={"dataset": dataset}),
+        replace(features, name=trunk, inputs={**features.inputs, "dataset": dataset}),
+    ]
+    there: dict[str, str] = {}
+    for name, system in spaces.items():
+        place = f"{TRANSFER}embeddings/{name if system.gate is None else 'mixture'}"
+        if system.column == "feature":
+            there[system.embeddings] = trunk
+        elif system.embeddings in there:
+            continue
+        elif system.gate is not None:
+            more.append(nearest_stage(1, f"{TRANSFER}nearest", trunk, training=True))
+            networks = dict(enumerate(system.networks))
+            more.append(nearest_embeddings_stage(place, f"{TRANSFER}nearest", networks, dataset))
+            there[system.embeddings] = place
+        elif len(system.networks) == 1:
+            more.append(embeddings_stage(place, dataset, {0: system.networks[0]}, partitioned=False))
+            there[system.embeddings] = place
+    source = {SOURCE: config.dataset().model_dump(mode="json")}
+    stages += [replace(stage, operational={**stage.operational, **source}) for stage in more]
+    return {name: replace(told, embeddings=there[told.embeddings]) for name, told in spaces.items() if told.embeddings in there}
 
 
 def _random(recipe: Recipe, stages: list[Stage], origin: Origin) -> Mixture:

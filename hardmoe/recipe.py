@@ -81,18 +81,7 @@ class Recipe(Config):
                 "experts.budget: examples gives every expert as many images, where partition.overlap and "
                 "partition.out_of_part_fraction let some train on more; take those out, or set experts.budget: epochs"
             )
-        several = "top_k" if self.evaluation.top_k is not None else "all_experts" if self.evaluation.all_experts else None
-        if several is not None and not self.partition.is_routed:
-            value = str(getattr(self.evaluation, several)).lower()
-            raise ValueError(
-                f"evaluation.{several}: {value} goes by the distance to the experts' centroids, which random parts have none of; "
-                f"set partition.method: kmeans, or leave evaluation.{several} out"
-            )
-        if (top_k := self.evaluation.top_k) is not None and top_k > self.partition.experts:
-            raise ValueError(
-                f"evaluation.top_k is {top_k}, but there are {self.partition.experts} experts (partition.experts); set it to "
-                "as many at most"
-            )
+        self.evaluation.check_can_route(self.partition.is_routed, self.partition.experts, bool(self.features.path))
         if self.decoder.rounds and self.experts.epochs <= (epochs := self.decoder.rounds * self.decoder.round_epochs):
             raise ValueError(
                 f"decoder.rounds: {self.decoder.rounds} takes the last {epochs} epochs of experts.epochs: {self.experts.epochs}, "
@@ -136,6 +125,11 @@ class Recipe(Config):
     def _has_images_to_choose_by(self) -> Self:
         if self.dataset.validation_fraction > 0 or self.dataset.split_column is not None:
             return self
+        if self.evaluation.probe:
+            raise ValueError(
+                "evaluation.probe: true chooses its penalty on validation images, of which dataset.validation_fraction: 0 leaves "
+                "none; set that to 0.05, or take evaluation.probe out"
+            )
         for name, section in (("trunk", self.trunk), ("experts", self.experts)):
             for key, off in (("early_stop", None), ("keep", "last")):
                 if getattr(section, key) != off:
@@ -193,34 +187,41 @@ _PLACES = {"dataset": ("path", "image_root", "tags_path"), "hashtags": ("aliases
 
 def _from_here(recipe: Recipe) -> Recipe:
     """The recipe with absolute places of the data: a worker of a cluster has another current directory."""
-    sections: dict[str, Config] = {}
-    for name, keys in _PLACES.items():
-        section: Config = getattr(recipe, name)
-        places = {key: getattr(section, key) for key in keys}
-        absolute = {
-            key: [absolute_place(each) for each in place] if isinstance(place, list) else place and absolute_place(place)
-            for key, place in places.items()
-        }
-        sections[name] = section.model_copy(update=absolute)
+    sections: dict[str, Config] = {name: _section_from_here(getattr(recipe, name), keys) for name, keys in _PLACES.items()}
+    if (transfer := recipe.evaluation.transfer) is not None:
+        second = _section_from_here(transfer, _PLACES["dataset"])
+        sections["evaluation"] = recipe.evaluation.model_copy(update={"transfer": second})
     if recipe.experts.init_path is not None:
         sections["experts"] = recipe.experts.model_copy(update={"init": absolute_place(recipe.experts.init_path)})
     if recipe.experts.init_root is not None:
         sections["experts"] = recipe.experts.model_copy(update={"init": f"run:{absolute_place(recipe.experts.init_root)}"})
-    if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
-        # The name of a dataset on a hub, and no path.
-        sections["dataset"] = sections["dataset"].model_copy(update={"path": recipe.dataset.path})
     return recipe.model_copy(update=sections)
+
+
+def _section_from_here(section: Config, keys: Sequence[str]) -> Config:
+    places = {key: getattr(section, key) for key in keys if not _is_on_a_hub(section, key)}
+    absolute = {
+        key: [absolute_place(each) for each in place] if isinstance(place, list) else place and absolute_place(place)
+        for key, place in places.items()
+    }
+    return section.model_copy(update=absolute)
+
+
+def _is_on_a_hub(section: Config, key: str) -> bool:
+    """Whether a key is the name of a dataset on a hub, and no path."""
+    return key == "path" and getattr(section, "source", None) == "huggingface" and not _is_there(getattr(section, key))
 
 
 def places_of(recipe: Recipe) -> dict[str, list[str]]:
     """Where a recipe's root and data are, by key: paths and URIs, not the name of a dataset on a hub."""
     places = {"root": [recipe.root], "reuse": list(recipe.reuse)}
-    for name, keys in _PLACES.items():
+    sections: dict[str, tuple[Config, Sequence[str]]] = {name: (getattr(recipe, name), keys) for name, keys in _PLACES.items()}
+    if (transfer := recipe.evaluation.transfer) is not None:
+        sections["evaluation.transfer"] = transfer, _PLACES["dataset"]
+    for name, (section, keys) in sections.items():
         for key in keys:
-            place = getattr(getattr(recipe, name), key)
+            place = None if _is_on_a_hub(section, key) else getattr(section, key)
             places[f"{name}.{key}"] = place if isinstance(place, list) else [place] if place else []
-    if recipe.dataset.source == "huggingface" and not _is_there(recipe.dataset.path):
-        places["dataset.path"] = []
     places["experts.init"] = [place for place in (recipe.experts.init_path, recipe.experts.init_root) if place]
     return places
 

@@ -1,5 +1,7 @@
 """An S3 store for tests: moto's server on loopback, behind a proxy of our own that misbehaves as networks and stores do.
 
+The proxy, too, is on loopback, unless a host in namespaces (`hosts`) has a store for the others.
+
 What goes wrong is decided by a seed and the request's number, so a test sees the same faults each time; and it is counted,
 so that a test can tell that they did happen. A single fault can be asked for by name (`Proxy.next`). Writes are let
 through one at a time: moto looks and writes in two steps, and a store's conditional writes are atomic.
@@ -42,6 +44,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "forgotten": (404, "NoSuchUpload"),
     "denied": (403, "AccessDenied"),
 }
+_ANYWHERE = ("127.0.0.1", 0)
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
 
@@ -74,7 +77,7 @@ class Faults:
 class Proxy:
     """Forwards to a server on loopback; `url` is its own endpoint."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, listen: tuple[str, int] = _ANYWHERE) -> None:
         self.upstream = (host, port)
         self.faults = Faults()
         self.injected: Counter[str] = Counter()
@@ -92,8 +95,8 @@ class Proxy:
         self._planned: list[tuple[str, str, Fault]] = []
         self._lock = threading.Lock()
         self.writing = threading.Lock()
-        self._server = _Server(self)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server = _Server(self, listen)
+        self.url = f"http://{listen[0]}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def next(self, method: str, part: str, *faults: Fault) -> None:
@@ -140,9 +143,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, listen: tuple[str, int]) -> None:
         self.proxy = proxy
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(listen, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, as killed ones do, is nobody's error."""
@@ -224,10 +227,10 @@ class _Handler(BaseHTTPRequestHandler):
 class Store:
     """moto's server and the proxy before it."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, listen: tuple[str, int] = _ANYWHERE) -> None:
         self.direct = f"http://{host}:{port}"
         """The endpoint without faults, whatever the proxy does."""
-        self.proxy = Proxy(host, port)
+        self.proxy = Proxy(host, port, listen)
         self._buckets = 0
 
     def bucket(self) -> str:
@@ -252,14 +255,14 @@ class Store:
 
 
 @contextmanager
-def running_store() -> Iterator[Store]:
-    """Serve until the block ends."""
+def running_store(listen: tuple[str, int] = _ANYWHERE) -> Iterator[Store]:
+    """Serve until the block ends, the proxy at this address."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    store = Store(*server.get_host_and_port())
+    store = Store(*server.get_host_and_port(), listen)
     try:
         yield store
     finally:

@@ -6,6 +6,12 @@ ROUNDS = "rounds/"
 """Where the mixtures of all rounds but the last are, each in a directory of its own."""
 
 
+LIMITS = "abstention/limits"
+"""How far from every centroid an image may be to be answered."""
+TRANSFER = "transfer/"
+"""Where everything about a second dataset is, its images and what the networks say of them."""
+
+
 def expert_name(expert: int) -> str:
     """`expert-0007`: an expert's artifact in the directory of its mixture's experts, its unit, its place in the report."""
     return f"expert-{expert:04d}"

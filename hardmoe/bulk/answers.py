@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from hardmoe.data.ids import content_id, key_id
 from hardmoe.data.images import UndecodableImageError, load_square, resize_square
 from hardmoe.data.sources.base import BadExample, RawExample
-from hardmoe.mixture import Mixture
+from hardmoe.mixture import Judged, Mixture
 
 _AT_ONCE = 256
 """Rows decoded together."""
@@ -46,6 +46,8 @@ class Answers:
     ids: list[bytes]
     """Sixteen bytes each: of the user's own name of the example, or of its content."""
     experts_N: NDArray[np.int32]
+    refused_N: NDArray[np.bool_]
+    """Which images get no tag, as they are too far from every centroid; none unless the mixture was opened for it."""
     unified_NZ: torch.Tensor
     """float32, on the CPU."""
     bad: list[BadExample]
@@ -113,8 +115,9 @@ def answer(
             done += len(some)
             progress(done)
         pixels_N3SS = spool.pixels_N3SS()
-        experts_N = _route(mixture, pixels_N3SS)
-        return Answers(spool.uris, spool.ids, experts_N, _embed(mixture, pixels_N3SS, experts_N), bad)
+        judged = _judge(mixture, pixels_N3SS)
+        unified_NZ = _embed(mixture, pixels_N3SS, judged.experts_N)
+        return Answers(spool.uris, spool.ids, judged.experts_N, judged.refused_N, unified_NZ, bad)
 
 
 def _chunks(rows: Iterable[RawExample | BadExample], size: int) -> Iterator[list[RawExample | BadExample]]:
@@ -136,11 +139,12 @@ def _decoded(row: RawExample | BadExample, mixture: Mixture, decoding: Decoding)
         return BadExample(row.source_uri, str(error))
 
 
-def _route(mixture: Mixture, pixels_N3SS: NDArray[np.uint8]) -> NDArray[np.int32]:
+def _judge(mixture: Mixture, pixels_N3SS: NDArray[np.uint8]) -> Judged:
     step = mixture.piece_size
     pieces = (pixels_N3SS[start : start + step] for start in range(0, len(pixels_N3SS), step))
-    found = [mixture.route_seen(mixture.see(np.ascontiguousarray(piece))) for piece in pieces]
-    return np.concatenate([np.zeros(0, np.int32), *found])
+    found = [mixture.judge_seen(mixture.see(np.ascontiguousarray(piece))) for piece in pieces]
+    experts_N = np.concatenate([np.zeros(0, np.int32), *(each.experts_N for each in found)])
+    return Judged(experts_N, np.concatenate([np.zeros(0, bool), *(each.refused_N for each in found)]))
 
 
 def _embed(mixture: Mixture, pixels_N3SS: NDArray[np.uint8], experts_N: NDArray[np.int32]) -> torch.Tensor:

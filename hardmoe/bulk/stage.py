@@ -27,6 +27,8 @@ class BulkRequest:
     k: int | None
     """How many tags; None for embeddings."""
     format: Format = "parquet"
+    coverage: float | None = None
+    """As `UseOptions.coverage`."""
     memory_gib: float | None = None
     """What experts may take in each worker."""
 
@@ -39,6 +41,7 @@ class BulkRequest:
 def bulk_stage(request: BulkRequest, dataset: DatasetConfig, source_sha256: str, num_threads: int = 1) -> Stage:
     """The stage that answers a request for every image of a source."""
     asked: dict[str, Json] = {"format": request.format} | ({} if request.k is None else {"k": request.k})
+    asked |= {} if request.coverage is None else {"coverage": request.coverage}
     return Stage(
         name=request.name,
         kind=request.name,

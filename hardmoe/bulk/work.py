@@ -105,7 +105,8 @@ def _check_source(context: Context) -> None:
 
 
 def _mixture_of(context: UnitContext) -> Mixture:
-    mixture = _open(context.stage.operational["root"], context.stage.operational["memory_gib"], context.use_gpu)
+    operational, coverage = context.stage.operational, context.stage.config["asked"].get("coverage")
+    mixture = _open(operational["root"], operational["memory_gib"], context.use_gpu, coverage)
     if mixture.identity() != context.stage.config["mixture"]:
         _open.cache_clear()
         raise DataError(
@@ -115,5 +116,5 @@ def _mixture_of(context: UnitContext) -> Mixture:
 
 
 @lru_cache(maxsize=1)
-def _open(root: str, memory_gib: float | None, use_gpu: bool) -> Mixture:
-    return Mixture.load(root, UseOptions(device="cuda" if use_gpu else "cpu", memory_gib=memory_gib))
+def _open(root: str, memory_gib: float | None, use_gpu: bool, coverage: float | None) -> Mixture:
+    return Mixture.load(root, UseOptions(device="cuda" if use_gpu else "cpu", memory_gib=memory_gib, coverage=coverage))

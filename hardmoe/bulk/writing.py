@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 1024
 
 _SOURCE = [("source_uri", pa.string()), ("example_id", ID_TYPE), ("expert", pa.int32())]
 PREDICTED = pa.schema([*_SOURCE, ("tags", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))])
-"""`predictions/`: of every image the k most probable tags, best first."""
+"""`predictions/`: of every image the k most probable tags, best first; none of an image that is refused."""
 
 
 def embedded_schema(dim: int) -> Any:
@@ -37,7 +37,8 @@ def predicted_rows(mixture: Mixture, answers: Answers, k: int) -> Iterator[dict[
     """The k best tags of every image, as plain values."""
     for start in range(0, len(answers.uris), _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
-        best = mixture.best(mixture.decode(answers.unified_NZ[some]), answers.experts_N[some], k)
+        probabilities_nV = mixture.decode(answers.unified_NZ[some])
+        best = mixture.best(probabilities_nV, answers.experts_N[some], k, answers.refused_N[some])
         for uri, identity, found in zip(answers.uris[some], answers.ids[some], best, strict=True):
             row = {"source_uri": uri, "example_id": identity, "expert": found.expert}
             yield {**row, "tags": found.tags, "probabilities": found.probabilities}

@@ -21,8 +21,8 @@ from hardmoe.stage import Stage
 from hardmoe.storage import open_storage
 
 
-def run_bulk(options: Mapping[str, Any], images: Sequence[str], k: int | None) -> None:
-    """Answer for every image; k tags each, or their places in the unified space.
+def run_bulk(options: Mapping[str, Any], images: Sequence[str], k: int | None, coverage: float | None = None) -> None:
+    """Answer for every image; k tags each, or their places in the unified space; `coverage` is as in `UseOptions`.
 
     Raises:
         RecipeError: the options do not go together.
@@ -36,9 +36,9 @@ def run_bulk(options: Mapping[str, Any], images: Sequence[str], k: int | None) -
                 raise RecipeError(f"{shown} is for tables; name a directory for them with --out")
     dataset = _dataset(images, options["source_path"])
     if options["out"] is None:
-        _print_lines(storage.uri, dataset, k, options["memory_gib"])
+        _print_lines(storage.uri, dataset, k, (options["memory_gib"], coverage))
     else:
-        _write_tables(storage.uri, dataset, k, options)
+        _write_tables(storage.uri, dataset, k, options, coverage)
 
 
 def _dataset(images: Sequence[str], source_path: Path | None) -> DatasetConfig:
@@ -65,7 +65,7 @@ def _place(image: str) -> str:
     return escape(str(path)) if path.exists() else str(path)
 
 
-def _print_lines(root: str, dataset: DatasetConfig, k: int | None, memory_gib: float | None) -> None:
+def _print_lines(root: str, dataset: DatasetConfig, k: int | None, use: tuple[float | None, float | None]) -> None:
     """In this process, shard by shard, to stdout."""
     from hardmoe.bulk.answers import Decoding, answer
     from hardmoe.bulk.writing import embedded_rows, json_line, predicted_rows
@@ -73,7 +73,7 @@ def _print_lines(root: str, dataset: DatasetConfig, k: int | None, memory_gib: f
 
     source = open_source(dataset)
     shards = source.shards()
-    mixture = Mixture.load(root, UseOptions(memory_gib=memory_gib))
+    mixture = Mixture.load(root, UseOptions(memory_gib=use[0], coverage=use[1]))
     good = bad = 0
     for shard in shards:
         answers = answer(mixture, source.read(shard), Decoding(dataset.max_pixels, usable_cpus()))
@@ -86,7 +86,7 @@ def _print_lines(root: str, dataset: DatasetConfig, k: int | None, memory_gib: f
     _tell(good, bad, "")
 
 
-def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Mapping[str, Any]) -> None:
+def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Mapping[str, Any], coverage: float | None) -> None:
     """As a stage of a root of its own: resumable, and on Ray if that is asked for."""
     from hardmoe.bulk.stage import BulkRequest, bulk_stage
     from hardmoe.bulk.work import source_digest
@@ -95,10 +95,11 @@ def _write_tables(root: str, dataset: DatasetConfig, k: int | None, options: Map
     from hardmoe.execution.opening import open_backend
     from hardmoe.execution.progress import Reporter
     from hardmoe.execution.runner import Runner, RunnerOptions
-    from hardmoe.mixture import Mixture
+    from hardmoe.mixture import Mixture, UseOptions
 
     out = open_storage(options["out"])
-    request = BulkRequest(root, Mixture.load(root).identity(), k, options["kind"] or "parquet", options["memory_gib"])
+    identity = Mixture.load(root, UseOptions(coverage=coverage)).identity()
+    request = BulkRequest(root, identity, k, options["kind"] or "parquet", coverage, options["memory_gib"])
     on_ray = options["parallel"] is not None or options["address"] is not None
     digest = source_digest(dataset, out, request.name)
     stage = bulk_stage(request, dataset, digest, 1 if on_ray else usable_cpus())

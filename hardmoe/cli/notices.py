@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import click
 
+from hardmoe.artifacts.names import TRANSFER
 from hardmoe.config import Json
 from hardmoe.execution.plan import Plan
 from hardmoe.recipe import Recipe
@@ -20,6 +21,8 @@ def tell_about_data(recipe: Recipe, plan: Plan, fresh: set[str]) -> None:
     if "dataset" in fresh:
         for line in _about_dataset(recipe, plan.artifacts["dataset"].payload):
             click.echo(line, err=True)
+    if (second := f"{TRANSFER}dataset") in fresh and (count := plan.artifacts[second].payload["quarantined"]):
+        click.echo(f"{count} rows of the second dataset could not be used: see {second}/quarantine in the root", err=True)
     if "vocabulary" in fresh:
         for line in _about_vocabulary(plan, plan.artifacts["vocabulary"].payload):
             click.echo(line, err=True)

@@ -50,7 +50,7 @@ def serve_run(options: Mapping[str, Any], host: str, port: int) -> None:
             "set it to letters and digits, as of 'openssl rand -hex 32'"
         )
     storage, _ = existing_run(options)
-    mixture = Mixture.load(storage.uri, UseOptions(memory_gib=options["memory_gib"]))
+    mixture = Mixture.load(storage.uri, UseOptions(memory_gib=options["memory_gib"], coverage=options["coverage"]))
     index, limits = _index(mixture, storage.uri, options["vectors"]), Limits()
     with _listening(host, port) as place, _engine(mixture, options, f"hardmoe-{socket.gethostname()}-{port}") as engine:
         server = make_server(build_app(Service(mixture, engine, index, limits, token)), limits, host, port)
@@ -77,7 +77,7 @@ def _engine(mixture: "Mixture", options: Mapping[str, Any], name: str) -> "Itera
 
     address = options["address"] or "local"
     click.echo("starting replicas on " + ("a Ray of this machine" if address == "local" else f"the Ray at {address}"), err=True)
-    asked = ReplicaOptions(mixture.store.storage.uri, options["replicas"], options["memory_gib"])
+    asked = ReplicaOptions(mixture.store.storage.uri, options["replicas"], options["memory_gib"], options["coverage"])
     with on_ray(address, asked, name) as (gates, experts):
         yield ReplicaEngine(mixture, gates, experts)
 

@@ -43,15 +43,23 @@ def bulk_options(command: Command) -> Command:
     return recipe_options(command)
 
 
+_COVERAGE = click.option(
+    "--coverage",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    help="Share of images like the validation images to answer; those farther from every centroid get no tags.",
+)
+
+
 @click.command()
 @click.argument("images", nargs=-1)
 @click.option("-k", "num_tags", type=click.IntRange(min=1), default=_K, show_default=True, help="Tags for each image.")
+@_COVERAGE
 @bulk_options
-def predict(images: tuple[str, ...], num_tags: int, **options: Any) -> None:
+def predict(images: tuple[str, ...], num_tags: int, coverage: float | None, **options: Any) -> None:
     """Tags of images: of files and folders, or of any source that a recipe names."""
     from hardmoe.cli.bulk import run_bulk
 
-    run_bulk(options, images, num_tags)
+    run_bulk(options, images, num_tags, coverage)
 
 
 @click.command()
@@ -125,6 +133,7 @@ def export(out: str, onnx: bool, programs: bool, **options: Any) -> None:
     help="Start Ray; at most so many replicas of the trunk, and as many that hold experts.",
 )
 @click.option("--address", help="Let replicas on this Ray cluster compute.")
+@_COVERAGE
 @_VECTORS
 @recipe_options
 def serve(host: str, port: int, **options: Any) -> None:

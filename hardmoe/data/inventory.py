@@ -76,6 +76,11 @@ def take_inventory(
     return Inventory({file.name: (file.size, known[_key(file)]) for file in files})
 
 
+def cache_of(dataset: str) -> str:
+    """Where in the root the digests of the files that a dataset is made of are remembered."""
+    return f"{dataset}/_progress/inventory.json"
+
+
 def known_bytes(storage: Storage) -> int | None:
     """The size of the dataset's source as the digests remembered in the root tell it; None where they do not."""
     sizes = [key.rsplit("|", 2)[1] for key in _load_cache(storage, CACHE_PATH) if key.count("|") >= 2]

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hardmoe.data.inventory import Inventory, take_inventory
+from hardmoe.data.inventory import Inventory, cache_of, take_inventory
 from hardmoe.data.schemas import SOURCE_FILES
 from hardmoe.data.sources.base import Source
 from hardmoe.errors import DataError
@@ -25,7 +25,7 @@ def checked_inventory(context: Context, source: Source) -> Inventory:
     Raises:
         DataError: some were written to, added or removed meanwhile.
     """
-    inventory = take_inventory(source.files(), context.storage)
+    inventory = take_inventory(source.files(), context.storage, cache_of(context.stage.name))
     if inventory.digest() != context.stage.config["source"]["sha256"]:
         raise DataError(
             "files of dataset.path changed while they were being read; wait until they are complete, "

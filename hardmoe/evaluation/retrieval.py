@@ -49,9 +49,15 @@ class Points:
         """Labelled images in any order; those without a label are left out, and vectors are scaled to length 1."""
         labelled_N = np.flatnonzero(np.diff(labels.offsets) > 0)
         kept_N = labelled_N[order_of_distinct(ids_N16[labelled_N])]
-        lengths_N1 = np.linalg.norm(vectors_ND[kept_N].astype(np.float64), axis=1, keepdims=True)
-        unit_ND = (vectors_ND[kept_N] / np.where(lengths_N1 > 0, lengths_N1, 1.0)).astype(np.float32)
-        return cls(ids_N16[kept_N], unit_ND, experts_N[kept_N], Labels(*take_rows(labels.indices_L, labels.offsets, kept_N)))
+        kept_labels = Labels(*take_rows(labels.indices_L, labels.offsets, kept_N))
+        return cls(ids_N16[kept_N], unit_vectors(vectors_ND[kept_N]), experts_N[kept_N], kept_labels)
+
+
+def unit_vectors(vectors_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every row at length 1, float32 [N, D]; a zero row stays zero."""
+    lengths_N1 = np.linalg.norm(vectors_ND.astype(np.float64), axis=1, keepdims=True)
+    scaled_ND: NDArray[np.float32] = (vectors_ND / np.where(lengths_N1 > 0, lengths_N1, 1.0)).astype(np.float32)
+    return scaled_ND
 
 
 def neighbour_hits(points: Points) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -72,16 +78,21 @@ def neighbour_hits(points: Points) -> dict[str, tuple[NDArray[np.int64], NDArray
         for among, barred_nN in (("all", None), ("own", ~same_nN), ("other", same_nN)):
             allowed_nN = similarity_nN if barred_nN is None else np.where(barred_nN, -np.inf, similarity_nN)
             hits_N, totals_N = found[among]
-            for row, nearest in zip(rows_n.tolist(), _nearest(allowed_nN), strict=True):
+            for row, nearest in zip(rows_n.tolist(), nearest_columns(allowed_nN, NEIGHBOURS), strict=True):
                 totals_N[row] = len(nearest)
                 hits_N[row] = sum(not tags[row].isdisjoint(tags[other]) for other in nearest)
     return found
 
 
-def _nearest(similarity_nN: NDArray[np.float32]) -> list[list[int]]:
-    """The columns of the largest values of every row, at most 10, the lower column of equal ones; -inf never counts."""
+def nearest_columns(similarity_nN: NDArray[np.float32], wanted: int) -> list[list[int]]:
+    """The columns of the largest values of every row, at most so many, the lower column of equal ones; -inf never counts.
+
+    Args:
+        similarity_nN: float32 [n, N], of at least one column.
+        wanted: how many, at least 1.
+    """
     count = similarity_nN.shape[1]
-    wanted = min(NEIGHBOURS, count)
+    wanted = min(wanted, count)
     edge_n1 = np.partition(similarity_nN, count - wanted, axis=1)[:, count - wanted, None]
     found = []
     for values_N, at_least_N in zip(similarity_nN, similarity_nN >= edge_n1, strict=True):

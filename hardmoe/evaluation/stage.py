@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hardmoe.artifacts.names import LIMITS
 from hardmoe.evaluation.config import EvaluationConfig
 from hardmoe.stage import Stage
 
@@ -40,9 +41,25 @@ class System:
     """Name of another system that its network learnt from, and whose training is therefore a part of its own."""
 
 
-def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System]) -> Stage:
-    """Metrics with intervals of all systems over the test split, and what each of them costs."""
-    inputs = {"vocabulary": "vocabulary"}
+COMPARED = "mixture"
+"""Every other system's metrics are also given as a paired difference from this one's."""
+ABSTENTION = "abstention"
+"""Role in which the evaluation reads what the mixture is worth if it refuses images."""
+OWN_IMAGES, SECOND_DATASET = "own_images", "second_dataset"
+"""Roles in which the evaluation reads what probes say of this run's images and of those of a second dataset."""
+_OF_PROBES = ("probe_sample", "retrieval_sample", "bootstrap_replicates")
+"""Keys that probes depend on."""
+
+
+def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System], further: Mapping[str, str] | None = None) -> Stage:
+    """Metrics with intervals of all systems over the test split, and what each of them costs.
+
+    Args:
+        config: the recipe's section.
+        systems: by name.
+        further: artifacts of `probe_stage` and `abstention_stage` by role, whose results become a part of the evaluation's.
+    """
+    inputs = {"vocabulary": "vocabulary", **(further or {})}
     described = {}
     for name, system in systems.items():
         inputs[f"{name}:embeddings"] = system.embeddings
@@ -73,6 +90,55 @@ def evaluation_stage(config: EvaluationConfig, systems: Mapping[str, System]) ->
         config={"evaluation": config.identity(), "systems": described},
         inputs=inputs,
         work="hardmoe.evaluation.work:EvaluationWork",
+    )
+
+
+def probe_stage(name: str, config: EvaluationConfig, systems: Mapping[str, System], place: str = "") -> Stage:
+    """What a linear probe and the nearest neighbours make of the systems' spaces.
+
+    Args:
+        name: of the artifact.
+        config: the recipe's section.
+        systems: those that give an image one place, by name, with the embeddings of the images that are asked about.
+        place: directory of a second dataset and its vocabulary; empty for the run's own, of which the evaluation has the
+            nearest neighbours.
+    """
+    inputs = {"vocabulary": f"{place}vocabulary", "dataset": f"{place}dataset"}
+    described = {}
+    for system, told in systems.items():
+        inputs[f"{system}:embeddings"] = told.embeddings
+        if told.shared:
+            inputs[f"{system}:decoder-0000"] = told.decoders[0]
+        described[system] = {"column": told.column, "shared": told.shared}
+    keys = {key: getattr(config, key) for key in _OF_PROBES}
+    return Stage(
+        name=name,
+        kind="probe",
+        version=1,
+        config={"evaluation": keys, "systems": described, "retrieve": bool(place) and config.retrieval_sample > 0},
+        inputs=inputs,
+        work="hardmoe.evaluation.probe_work:ProbeWork",
+    )
+
+
+def abstention_stage(config: EvaluationConfig, mixture: System, nearest: str) -> Stage:
+    """What the mixture is worth if it refuses images, by the distances that `nearest` has of held-out images."""
+    return Stage(
+        name=LIMITS,
+        kind="abstention",
+        version=1,
+        config={
+            "evaluation": {"bootstrap_replicates": config.bootstrap_replicates},
+            "systems": {COMPARED: {"column": mixture.column, "shared": mixture.shared}},
+        },
+        inputs={
+            "vocabulary": "vocabulary",
+            "dataset": "dataset",
+            "nearest": nearest,
+            f"{COMPARED}:embeddings": mixture.embeddings,
+            f"{COMPARED}:decoder-0000": mixture.decoders[0],
+        },
+        work="hardmoe.evaluation.abstention:AbstentionWork",
     )
 
 

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from hardmoe.arrays import load_arrays, save_arrays
 from hardmoe.config import Json
-from hardmoe.data.ids import order_of_distinct, sortable
 from hardmoe.data.reading import labels_of, tag_counts
-from hardmoe.data.schemas import EMBEDDINGS, FEATURES
 from hardmoe.errors import DataError
+from hardmoe.evaluation.abstention import RESULTS_FILE as ABSTENTION_FILE
 from hardmoe.evaluation.average_precision import AveragePrecisionScores, merged
 from hardmoe.evaluation.bootstrap import BOOTSTRAP_SEED, interval_result, null_result, paired_result
 from hardmoe.evaluation.breakdown import Breakdown, frequency_bands
@@ -29,19 +28,17 @@ from hardmoe.evaluation.config import EvaluationConfig
 from hardmoe.evaluation.costs import cost_of
 from hardmoe.evaluation.metrics import METRICS, RankingSums, paired_difference
 from hardmoe.evaluation.metrics import Labels as TagRows
-from hardmoe.evaluation.retrieval import Points, replicated_shares, share_results
+from hardmoe.evaluation.probe_work import RESULTS_FILE as PROBED_FILE
+from hardmoe.evaluation.retrieval import share_results
 from hardmoe.evaluation.scoring import build_scorer
+from hardmoe.evaluation.spaces import read_rows, retrieve
+from hardmoe.evaluation.stage import ABSTENTION, COMPARED, OWN_IMAGES, SECOND_DATASET
 from hardmoe.evaluation.topk import build_topk_scorer, read_topk
-from hardmoe.hashing import hash_fractions
-from hardmoe.models.shared_decoder import load_shared_decoder
 from hardmoe.stage import Completion, Context, DriverContext, Finished, Phase, Unit, UnitContext
 from hardmoe.storage import Storage
-from hardmoe.tables import ids_to_array, read_table, vectors_to_array
 from hardmoe.training.determinism import deterministic
 
 METRICS_FILE, REPLICATES_FILE = "metrics.json", "replicates.npy"
-COMPARED = "mixture"
-"""Every other system's metrics are also given as a paired difference from this one's."""
 _BATCH = 1024
 Scores = NDArray[np.float32]
 
@@ -85,6 +82,10 @@ class EvaluationWork:
                 for system in with_space
                 if system != COMPARED
             }
+        if probed := [role for role in (OWN_IMAGES, SECOND_DATASET) if role in context.stage.inputs]:
+            results["transfer"] = {role: _told(context, role, PROBED_FILE) for role in probed}
+        if ABSTENTION in context.stage.inputs:
+            results["abstention"] = _told(context, ABSTENTION, ABSTENTION_FILE)
         results["replicates"] = {"systems": systems, "metrics": list(METRICS)}
         body = json.dumps(results, indent=1) + "\n"
         files = {METRICS_FILE: body.encode(), REPLICATES_FILE: _replicates([sums[system] for system in systems])}
@@ -93,7 +94,13 @@ class EvaluationWork:
     def run(self, context: UnitContext) -> Json:
         """One shard of one system, or one system's `map`."""
         with deterministic(context.stage.resources.num_cpus, torch.device("cpu")):
-            return {"score": _score, "map": _average_precision, "cost": _cost, "retrieve": _retrieve}[context.phase](context)
+            return {"score": _score, "map": _average_precision, "cost": _cost, "retrieve": retrieve}[context.phase](context)
+
+
+def _told(context: DriverContext, role: str, file: str) -> Json:
+    """The results of an input."""
+    artifact = context.input(role)
+    return json.loads(artifact.storage.read_bytes(artifact.path(file)))
 
 
 def _score(context: UnitContext) -> Json:
@@ -145,20 +152,8 @@ def _scored_rows(
         mixed = build_topk_scorer(decoders[0], context.input(f"{system}:temperature"))
         return shard.ids_N16, lambda rows, _: mixed(shard.features_NkE[rows], shard.experts_Nk[rows], shard.squared_Nk[rows])
     scorer = build_scorer(decoders, described["shared"])
-    ids_N16, features_ND, experts_N = _read(context, system, described["column"], context.unit.arguments["path"])
+    ids_N16, features_ND, experts_N = read_rows(context, system, context.unit.arguments["path"])
     return ids_N16, lambda rows, _: scorer(features_ND[rows], experts_N[rows])
-
-
-def _read(
-    context: UnitContext, system: str, column: str, path: str
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
-    """Ids [N, 16], features float32 [N, D] and experts int64 [N] of one shard; one network counts as expert 0."""
-    artifact = context.input(f"{system}:embeddings")
-    schema = FEATURES if column == "feature" else EMBEDDINGS
-    table = read_table(artifact.storage, path, schema)
-    ids_N16 = ids_to_array(table.column("example_id"))
-    experts_N = np.zeros(len(ids_N16), np.int64) if column == "feature" else table.column("expert").to_numpy().astype(np.int64)
-    return ids_N16, vectors_to_array(table.column(column)).astype(np.float32), experts_N
 
 
 def _cost(context: UnitContext) -> Json:
@@ -168,40 +163,6 @@ def _cost(context: UnitContext) -> Json:
 def has_one_space(context: Context, system: str) -> bool:
     """Whether a system gives an image one vector, which several experts to an image do not."""
     return not context.stage.config["systems"][system].get("topk", False)
-
-
-def _retrieve(context: UnitContext) -> Json:
-    """The neighbours of one system's test images, of a sample that is the same for all systems."""
-    config = context.stage.section(EvaluationConfig, "evaluation")
-    system = context.unit.arguments["system"]
-    described = context.stage.config["systems"][system]
-    fraction = context.unit.arguments["fraction"]
-    parts = [_sampled(context, COMPARED, "embedding", path, fraction)[::2] for path in _test_shards(context, COMPARED)]
-    ids_M16, part_M = (np.concatenate(each) for each in zip(*parts, strict=True))
-    found = [_sampled(context, system, described["column"], path, fraction) for path in _test_shards(context, system)]
-    ids_N16, vectors_ND, experts_N = (np.concatenate(each) for each in zip(*found, strict=True))
-    if described["shared"]:
-        model = load_shared_decoder(context.input(f"{system}:decoder-0000"))
-        with torch.inference_mode():
-            vectors_ND = model.align(torch.from_numpy(vectors_ND), torch.from_numpy(experts_N)).numpy()
-    order_M = order_of_distinct(ids_M16)
-    own_N = part_M[order_M][np.searchsorted(sortable(ids_M16[order_M]), sortable(ids_N16))]
-    labels = labels_of(context.input("vocabulary"), ids_N16, split="test")
-    points = Points.of(ids_N16, vectors_ND, own_N, labels)
-    return replicated_shares(points, config.bootstrap_replicates, BOOTSTRAP_SEED)
-
-
-def _test_shards(context: UnitContext, system: str) -> list[str]:
-    return context.input(f"{system}:embeddings").files("split=test/")
-
-
-def _sampled(
-    context: UnitContext, system: str, column: str, path: str, fraction: float
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
-    """As `_read`, of the images whose hash falls under the sample's share."""
-    ids_N16, features_ND, experts_N = _read(context, system, column, path)
-    kept_N = hash_fractions(ids_N16, BOOTSTRAP_SEED, "retrieval") < fraction
-    return ids_N16[kept_N], features_ND[kept_N], experts_N[kept_N]
 
 
 def _average_precision(context: UnitContext) -> Json:

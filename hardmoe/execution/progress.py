@@ -17,7 +17,7 @@ from hardmoe.execution.measures import Measures
 from hardmoe.execution.task import BuildPaths, UnitTask
 from hardmoe.execution.tracked import Tracked, format_seconds
 from hardmoe.stage import Completion
-from hardmoe.storage import Storage
+from hardmoe.storage import Storage, read_if_there
 
 STATUS_SECONDS = 2.0
 
@@ -136,13 +136,11 @@ class Reporter:
             self._tracked[build.stage.name].follow(build.phase.name, build.units_done, len(build.phase.units))
 
     def _live(self, task: UnitTask) -> dict[str, Json] | None:
-        path = _live_path(task)
-        if not self._storage.exists(path):
-            return None
         try:
-            body: dict[str, Json] = json.loads(self._storage.read_bytes(path))
+            data = read_if_there(self._storage, _live_path(task))
+            body: dict[str, Json] | None = None if data is None else json.loads(data)
         except (StorageError, ValueError):
-            # Swept by another driver between the two calls, or damaged: nobody's work depends on it.
+            # A store that is away, or a damaged file: nobody's work depends on it.
             return None
         return body
 

@@ -222,7 +222,7 @@ class Runner:
         if outcome.infrastructure is not None:
             words = outcome.infrastructure if outcome.preempted else self._reporter.preempted(task)
             if words is None:
-                self._lost(task, outcome.infrastructure)
+                self._lost(task, outcome.infrastructure, store_away=outcome.store_away)
             else:
                 self._made_room(task, words)
         elif outcome.error is not None:
@@ -243,8 +243,8 @@ class Runner:
         self._losses.pop(_key(task), None)
         self._enqueue([task])
 
-    def _lost(self, task: UnitTask, reason: str) -> None:
-        """Give a unit whose worker died another try, unless it keeps dying without getting any further.
+    def _lost(self, task: UnitTask, reason: str, *, store_away: bool) -> None:
+        """Give a unit whose worker died, or lost the store, another try, unless that goes on without getting any further.
 
         A unit that can isolate what kills it is given one more; an image on which a decoder dies is found so.
         """
@@ -252,16 +252,18 @@ class Runner:
         count, at = self._losses.get(_key(task), (0, ""))
         count = 1 if checkpoint != at else count + 1
         self._losses[_key(task)] = (count, checkpoint)
-        if count >= self._options.attempts and task.unit.can_isolate and not task.is_isolated:
+        what = "the store was away for it" if store_away else "lost its worker"
+        if count >= self._options.attempts and task.unit.can_isolate and not task.is_isolated and not store_away:
             how = "trying once more, with what may have killed it in a process of its own"
-            self._reporter.say(f"{task.label}: lost its worker ({reason}); {how}")
+            self._reporter.say(f"{task.label}: {what} ({reason}); {how}")
             self._enqueue([replace(task, is_isolated=True)])
             return
         if count >= self._options.attempts:
             times = f"{count} times without a new checkpoint in between, the last time so" if count > 1 else "so"
-            self._fail(task.stage.name, Failure(task.label, f"its worker died {times}: {reason}"))
+            ended = "the store was away for it" if store_away else "its worker died"
+            self._fail(task.stage.name, Failure(task.label, f"{ended} {times}: {reason}"))
             return
-        self._reporter.say(f"{task.label}: lost its worker ({reason}); trying again ({count} of {self._options.attempts})")
+        self._reporter.say(f"{task.label}: {what} ({reason}); trying again ({count} of {self._options.attempts})")
         self._enqueue([task])
 
     def _commit_finished(self) -> None:

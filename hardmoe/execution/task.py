@@ -110,9 +110,11 @@ class UnitOutcome:
     error: str | None = None
     """One sentence: our code or the user's data failed. Never retried."""
     infrastructure: str | None = None
-    """The worker or its machine died. Retried elsewhere."""
+    """The worker or its machine died, or was cut off from the store. Retried elsewhere."""
     preempted: bool = False
     """With `infrastructure`: it went in good order, with a new checkpoint, so this try does not count."""
+    store_away: bool = False
+    """With `infrastructure`: the worker lives, but the store did not answer it."""
 
 
 @dataclass(frozen=True)

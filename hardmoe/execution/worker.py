@@ -19,7 +19,7 @@ from hardmoe.artifacts.pinned_versions import OPTION, decisive, differing
 from hardmoe.artifacts.provenance import machine, now, versions
 from hardmoe.artifacts.store import Artifact, ArtifactStore
 from hardmoe.config import Json
-from hardmoe.errors import HardmoeError, PreemptedError, StorageError, WorkerLostError
+from hardmoe.errors import HardmoeError, PreemptedError, StorageError, StoreAwayError, WorkerLostError
 from hardmoe.execution.stopping import StopRequests, UnitStop
 from hardmoe.execution.task import StoredCompletion, UnitOutcome, UnitTask, load_completion, parse_completion
 from hardmoe.stage import Completion, FileEntry, Stage, Unit, load_work
@@ -135,6 +135,8 @@ def execute_unit(
         stop = UnitStop(StopRequests(storage, task.stop_request), leaving)
         with stop.heeding(), _unit_log(storage, task):
             return _execute(task, RunningUnit(task, storage, stop, meanwhile))
+    except StoreAwayError as error:
+        return _cut_off(task, error)
     except StorageError as error:
         return _failed(task, str(error))
 
@@ -149,6 +151,9 @@ def _execute(task: UnitTask, context: RunningUnit) -> UnitOutcome:
         logger.info("%s", error)
         context.say_preempted(str(error))
         return UnitOutcome(task, infrastructure=str(error), host=socket.gethostname(), preempted=True)
+    except StoreAwayError as error:
+        logger.error("%s", error)
+        return _cut_off(task, error)
     except WorkerLostError as error:
         logger.error("%s", error)
         return UnitOutcome(task, infrastructure=str(error), host=socket.gethostname())
@@ -167,6 +172,11 @@ def describe_bug(error: Exception, label: str) -> str:
     except Exception:  # noqa: BLE001 - an exception whose own text cannot be had must not hide behind another one
         lines = []
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'} (traceback: hardmoe logs {label})"
+
+
+def _cut_off(task: UnitTask, error: StoreAwayError) -> UnitOutcome:
+    """The network of this machine, or the store, was away: no fault of the unit's, which another machine may well do."""
+    return UnitOutcome(task, infrastructure=str(error), host=socket.gethostname(), store_away=True)
 
 
 def _failed(task: UnitTask, sentence: str) -> UnitOutcome:

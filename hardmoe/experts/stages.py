@@ -116,14 +116,14 @@ def embeddings_stage(name: str, examples: str, networks: Mapping[int, str], part
     )
 
 
-def nearest_embeddings_stage(name: str, nearest: str, networks: Mapping[int, str]) -> Stage:
-    """The embeddings of the pairs that `nearest` lists."""
+def nearest_embeddings_stage(name: str, nearest: str, networks: Mapping[int, str], dataset: str = "dataset") -> Stage:
+    """The embeddings of the pairs that `nearest` lists, of images of a dataset."""
     return Stage(
         name=name,
         kind="nearest-embeddings",
         version=1,
         config={"experts": len(networks)},
-        inputs={"dataset": "dataset", "nearest": nearest, **{expert_name(e): network for e, network in networks.items()}},
+        inputs={"dataset": dataset, "nearest": nearest, **{expert_name(e): network for e, network in networks.items()}},
         work="hardmoe.experts.nearest:NearestEmbeddingsWork",
         resources=Resources(num_cpus=1, num_gpus=None),
     )

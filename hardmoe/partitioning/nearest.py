@@ -1,7 +1,7 @@
 """The k nearest experts of every held-out image, with their distances: what several experts at use go by.
 
-Only the validation and the test split, by the features that are there. The nearest one is the expert that the router sends the
-image to, whatever part the dataset gives it.
+Only the validation and the test split, by the features that are there; of a second dataset the training split as well. The
+nearest one is the expert that the router sends the image to, whatever part the dataset gives it.
 
 Shape letters: N examples, D trunk features, k experts of each.
 """
@@ -11,22 +11,23 @@ from collections.abc import Generator
 import numpy as np
 
 from hardmoe.config import Json
-from hardmoe.data.schemas import NEAREST
+from hardmoe.data.schemas import NEAREST, SPLITS
 from hardmoe.partitioning.fit import read_features
 from hardmoe.partitioning.regroup import load_router
 from hardmoe.stage import Completion, DriverContext, Finished, Phase, Unit, UnitContext, name_within
 from hardmoe.tables import build_table, ids_from_array, write_table
 
-_SPLITS = ("validation", "test")
+_HELD_OUT = ("validation", "test")
 
 
 class NearestWork:
     """See the module."""
 
     def phases(self, context: DriverContext) -> Generator[Phase, list[Completion], Finished]:
-        """Every shard of both splits."""
+        """Every shard of the splits."""
         features = context.input("features")
-        paths = [name_within(features, path) for split in _SPLITS for path in features.files(f"split={split}/")]
+        splits = SPLITS if context.stage.config.get("training") else _HELD_OUT
+        paths = [name_within(features, path) for split in splits for path in features.files(f"split={split}/")]
         done = yield Phase("route", [Unit(f"{index:05d}", {"path": path}) for index, path in enumerate(paths)])
         return Finished({"rows": sum(d.payload["rows"] for d in done), "top_k": context.stage.config["top_k"]})
 

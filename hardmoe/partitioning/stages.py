@@ -76,13 +76,20 @@ def match_stage(name: str, partition: str, root: str, identity: Json, seed: int)
     )
 
 
-def nearest_stage(top_k: int, name: str) -> Stage:
-    """The k nearest experts of the validation and the test split."""
+def nearest_stage(top_k: int, name: str, features: str = "features", *, training: bool = False) -> Stage:
+    """The k nearest experts of the validation and the test split, and of the training split if asked.
+
+    Args:
+        top_k: how many.
+        name: of the artifact.
+        features: the artifact with the trunk's features of the images.
+        training: whether to route training images as well.
+    """
     return Stage(
         name=name,
         kind="nearest",
         version=1,
-        config={"top_k": top_k},
-        inputs={"features": "features", "router": "router"},
+        config={"top_k": top_k} | ({"training": True} if training else {}),
+        inputs={"features": features, "router": "router"},
         work="hardmoe.partitioning.nearest:NearestWork",
     )

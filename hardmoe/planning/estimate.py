@@ -59,7 +59,7 @@ class Machines:
 
 
 def plan_run(recipe: Recipe, images: int, image_bytes: float, machines: Machines, rates: Rates, network: Network) -> RunPlan:
-    """Simulate a run from nothing to the report.
+    """Simulate a run from nothing to the report, without the second dataset of `evaluation.transfer`.
 
     Args:
         recipe: what is built.
@@ -70,6 +70,9 @@ def plan_run(recipe: Recipe, images: int, image_bytes: float, machines: Machines
         network: of the trunk; experts are taken to be as large.
     """
     shape = Shape.of_recipe(recipe, images)
+    # Nothing is known of the size of a second dataset, which is left out.
+    own = recipe.evaluation.model_copy(update={"transfer": None})
+    recipe = recipe.model_copy(update={"evaluation": own})
     stages = build_stages(recipe, ExternalInputs(""))
     work = {stage.name: _phases(stage, recipe, shape, rates, (network, machines.has_gpus)) for stage in stages}
     simulation = Simulation(stages, work, machines.nodes, machines.parallel)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hardmoe.artifacts.names import TRANSFER
 from hardmoe.artifacts.record import PROVENANCE_NAME
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.errors import RecipeError
@@ -88,6 +89,8 @@ class Rates:
         seconds: dict[str, float] = {}
         rows: dict[str, float] = {}
         for stage in stages:
+            if stage.name.startswith(TRANSFER):
+                continue  # of a dataset of another size
             taken = _seconds_of(storage, stage.name)
             if taken is not None:
                 seconds[stage.kind] = seconds.get(stage.kind, 0.0) + taken

@@ -10,6 +10,7 @@ what just fits: what is refused cannot fit.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hardmoe.artifacts.names import TRANSFER
 from hardmoe.artifacts.store import Artifact
 from hardmoe.data.config import AUTO_COPY_BYTES
 from hardmoe.data.inventory import known_bytes
@@ -57,7 +58,9 @@ class Room:
             )
 
     def needed_bytes(self, stage: Stage) -> float | None:
-        """What the stage will store, as far as that can be known by now."""
+        """What the stage will store, as far as that can be known by now; of a second dataset nothing is."""
+        if stage.name.startswith(TRANSFER):
+            return None
         dataset = self.artifacts.get("dataset")
         if dataset is None:
             return self._copied_bytes() if stage.kind == "dataset" else None

@@ -108,7 +108,17 @@ def _dataset_facts(context: Context) -> DatasetFacts:
 def _metrics(context: Context) -> Metrics:
     evaluation = context.input("evaluation")
     body: Metrics = json.loads(evaluation.storage.read_bytes(evaluation.path("metrics.json")))
-    keys = ("systems", "num_test_examples", "differences", "breakdown", "costs", "retrieval", "retrieval_differences")
+    keys = (
+        "systems",
+        "num_test_examples",
+        "differences",
+        "breakdown",
+        "costs",
+        "retrieval",
+        "retrieval_differences",
+        "transfer",
+        "abstention",
+    )
     return {key: body[key] for key in keys if key in body}  # type: ignore[return-value, literal-required]
 
 

@@ -13,7 +13,8 @@ from markupsafe import Markup
 from hardmoe.report import charts
 from hardmoe.report.charts import Captions, Interval, Profile
 from hardmoe.report.formats import format_large, format_percent, format_points
-from hardmoe.report.render import HEADLINE_METRIC, METRICS, SYSTEMS, ordered, page_environment
+from hardmoe.report.render import METRICS, page_environment
+from hardmoe.report.systems import HEADLINE_METRIC, SYSTEMS, ordered
 
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1.0, "FLOP"))
 _COSTS = (("flops", "in use", "an image"), ("training_flops", "of training", "of training"))

@@ -10,7 +10,7 @@ Shape letters: K experts.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from hardmoe.report.charts import Bar, Captions, Interval, Series
 from hardmoe.report.collect import curve_name
 from hardmoe.report.formats import format_count, format_duration, format_large, format_percent, format_points, format_time
 from hardmoe.report.parts import describe_partition, distance_chart, fit_chart
+from hardmoe.report.questions import PROBE_NAMES, RULES, abstention_chart, abstention_rows, probe_tables
 from hardmoe.report.schema import (
     Breakdown,
     Cost,
@@ -37,19 +38,8 @@ from hardmoe.report.schema import (
     ReportProvenance,
     StageTime,
 )
+from hardmoe.report.systems import CONTROL, HEADLINE_METRIC, MIXTURE, SYSTEMS, ordered
 
-SYSTEMS = {
-    "trunk": "the first network, alone",
-    "dense": "one network of all images, trained by the same rules",
-    "dense_refit": "dense, decoder refitted: the control",
-    "experts_own_decoder": "experts, each with its own decoder",
-    "mixture": "experts, one decoder shared by all",
-    "distilled": "one network that learnt from the mixture",
-    "mixture_topk": "several of the nearest experts, mixed",
-    "best_single_expert": "one expert for all images, chosen on validation",
-    "oracle_expert": "the best expert of each image, told by its tags",
-    "random_partition": "mixture over randomly drawn parts",
-}
 METRICS = {
     "precision@1": "share of images whose first predicted tag is right",
     "precision@5": "share of right tags among the first 5",
@@ -64,9 +54,7 @@ NEIGHBOURS = {
     "neighbours@10:own": "among those of the image's own part",
     "neighbours@10:other": "among those of other parts",
 }
-MIXTURE, CONTROL = "mixture", "dense_refit"
 COMPARISON = f"{MIXTURE} - {CONTROL}"
-HEADLINE_METRIC = "precision@1"
 NUM_VISIBLE_IMAGES = NUM_OPEN_GALLERIES = 8
 """Cards beyond this many keep the rest of their images folded away, so a page of 64 experts can still be leafed through."""
 MOSAIC_SIZE = 64
@@ -151,12 +139,6 @@ def _verdict(metric: Metric) -> str:
     if low is None or high is None:
         return "not known"
     return "better" if low > 0 else "worse" if high < 0 else "no difference"
-
-
-def ordered(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
-    """Known names in their own order, then the others by name."""
-    present = set(names)
-    return [name for name in known if name in present] + sorted(present - set(known))
 
 
 def metric_table(data: ReportData) -> dict[str, Any]:
@@ -376,6 +358,12 @@ def render_report(data: ReportData, provenance: ReportProvenance) -> str:
             costs=cost_rows(data),
             retrieval=retrieval_rows(data),
             neighbours=NEIGHBOURS,
+            probes=probe_tables(data),
+            probe_names=PROBE_NAMES,
+            abstention=data["metrics"].get("abstention"),
+            abstention_chart=abstention_chart(data),
+            abstention_rows=abstention_rows(data),
+            rules=RULES,
             comparisons=sorted(data["metrics"]["differences"].items(), key=lambda item: (item[0] != COMPARISON, item[0])),
             verdict=_verdict,
             forest=[chart for chart in (_system_chart(data), _difference_chart(data)) if chart],

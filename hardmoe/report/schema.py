@@ -42,10 +42,45 @@ class Breakdown(TypedDict):
     frequency_bands: list[FrequencyBand]
 
 
+class ProbedSystem(TypedDict):
+    """What was fitted to a system's space, or the `reason` why nothing was; metrics by probe; shares of right neighbours."""
+
+    fitted: dict[str, Any]
+    linear: dict[str, Metric]
+    knn: dict[str, Metric]
+    neighbours: NotRequired[dict[str, Metric]]
+
+
+class Probed(TypedDict):
+    """What probes say of one collection: images and tags that count, systems, and differences keyed `"mixture - dense"` by probe.
+
+    `dataset` is what became of a second dataset's rows.
+    """
+
+    images: dict[str, int]
+    tags: int
+    systems: dict[str, ProbedSystem]
+    differences: dict[str, dict[str, dict[str, Metric]]]
+    dataset: NotRequired[dict[str, Any]]
+
+
+class Abstention(TypedDict):
+    """What the mixture is worth if it refuses images.
+
+    A point of the curve has its `coverage`, of each rule the share of test images `answered` and the `precision@1` of those, and
+    their `difference`; `area` is what lies above the curves. There is no curve where there was no validation image.
+    """
+
+    area: dict[str, Metric]
+    examples: NotRequired[int]
+    curve: NotRequired[list[dict[str, Any]]]
+
+
 class Metrics(TypedDict):
     """Metrics by system and by name, and the paired differences, keyed `"mixture - dense_refit"`.
 
-    `retrieval` has the shares of right neighbours in the systems' spaces, keyed `"neighbours@10:other"`.
+    `retrieval` has the shares of right neighbours in the systems' spaces, keyed `"neighbours@10:other"`; `transfer` what probes
+    make of those spaces, keyed `"own_images"` and `"second_dataset"`.
     """
 
     systems: dict[str, dict[str, Metric]]
@@ -55,6 +90,8 @@ class Metrics(TypedDict):
     costs: NotRequired[dict[str, Cost]]
     retrieval: NotRequired[dict[str, dict[str, Metric]]]
     retrieval_differences: NotRequired[dict[str, dict[str, Metric]]]
+    transfer: NotRequired[dict[str, Probed]]
+    abstention: NotRequired[Abstention]
 
 
 class Sizes(TypedDict):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from hardmoe.artifacts.names import LIMITS, TRANSFER
 from hardmoe.config import Json
 from hardmoe.stage import Stage
 
@@ -10,12 +11,16 @@ _LEFT_OUT = (
     "baselines/random/partition",
     "topk/nearest",
     "all_experts/nearest",
+    "abstention/nearest",
+    "probe",
+    LIMITS,
 )
 
 
 def report_stage(recipe: Mapping[str, Json], stages: Sequence[Stage]) -> Stage:
     """The data of the report page, from everything that was built; `recipe` is its identity, shown on the page."""
-    names = [stage.name for stage in stages if stage.name not in _LEFT_OUT and not stage.name.endswith("embeddings")]
+    shown = [stage.name for stage in stages if not stage.name.startswith(TRANSFER)]  # the evaluation says what came of it
+    names = [name for name in shown if name not in _LEFT_OUT and not name.endswith("embeddings")]
     return Stage(
         name="report",
         kind="report",

@@ -72,7 +72,7 @@ class Service:
         return JSONResponse({"predictions": predictions})
 
     def _best(self, found: Found, k: int) -> list[Prediction]:
-        return self.mixture.best(self.mixture.decode(found.unified_NZ), found.experts_N, k)
+        return self.mixture.best(self.mixture.decode(found.unified_NZ), found.experts_N, k, found.refused_N)
 
     async def embed(self, request: Request) -> Response:
         """`POST /embed`."""

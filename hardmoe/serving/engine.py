@@ -36,6 +36,8 @@ class Found:
     """What the mixture made of some images."""
 
     experts_N: NDArray[np.int32]
+    refused_N: NDArray[np.bool_]
+    """Which images get no tag."""
     unified_NZ: torch.Tensor
 
 
@@ -95,9 +97,12 @@ class LocalEngine:
 
     def _compute(self, together: Sequence[NDArray[np.uint8]]) -> list[Found]:
         seen = self._mixture.see(np.concatenate(together))
-        experts_N = self._mixture.route_seen(seen)
-        unified_NZ = self._mixture.embed_seen(seen, experts_N)
-        return [Found(experts_N[rows], unified_NZ[rows]) for rows in slices([len(each) for each in together])]
+        judged = self._mixture.judge_seen(seen)
+        unified_NZ = self._mixture.embed_seen(seen, judged.experts_N)
+        return [
+            Found(judged.experts_N[rows], judged.refused_N[rows], unified_NZ[rows])
+            for rows in slices([len(each) for each in together])
+        ]
 
     def close(self) -> None:
         """Let the worker end."""

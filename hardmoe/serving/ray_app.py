@@ -30,7 +30,7 @@ from hardmoe.errors import BackendError, RecipeError
 from hardmoe.execution.ray.connection import init, living_nodes, own_ray, prepare_environment, reason
 from hardmoe.execution.ray.interrupts import interrupts_held_back
 from hardmoe.execution.ray.scratch import make_scratch
-from hardmoe.mixture import Mixture, UseOptions
+from hardmoe.mixture import Judged, Mixture, UseOptions
 from hardmoe.serving.engine import MOST_WAITING, BusyError, Found, refuse_beyond
 from hardmoe.serving.replicas import Features, Gate, Holder, Travelling
 from hardmoe.storage import open_storage
@@ -62,6 +62,8 @@ class ReplicaOptions:
     """At most so many gates, and as many holders of experts; None for as many as there are CPUs or GPUs for."""
     memory_gib: float | None = None
     """What experts may take in each replica, in GiB; None for no limit."""
+    coverage: float | None = None
+    """As `UseOptions.coverage`."""
 
 
 def most_experts(store: ArtifactStore, memory_gib: float | None) -> int:
@@ -91,7 +93,7 @@ def application(options: ReplicaOptions, replicas: int, share_of_gpu: float) -> 
     from ray import serve
 
     store = ArtifactStore(open_storage(options.root))
-    use = UseOptions(device="cuda" if share_of_gpu else "cpu")
+    use = UseOptions(device="cuda" if share_of_gpu else "cpu", coverage=options.coverage)
 
     def deployment(name: str, target: int) -> Any:
         scaling = {"min_replicas": 1, "max_replicas": replicas, "target_ongoing_requests": target}
@@ -137,7 +139,7 @@ def application(options: ReplicaOptions, replicas: int, share_of_gpu: float) -> 
 
             self._gate = Gate(Mixture.load(options.root, use), ask)
 
-        async def embed(self, pixels_N3SS: NDArray[np.uint8]) -> tuple[NDArray[np.int32], Features]:
+        async def embed(self, pixels_N3SS: NDArray[np.uint8]) -> tuple[Judged, Features]:
             return await self._gate.embed(pixels_N3SS)
 
         def check_health(self) -> None:
@@ -185,10 +187,10 @@ class ReplicaEngine:
         refuse_beyond(self._most_waiting, self._num_waiting + len(pixels_N3SS))
         self._num_waiting += len(pixels_N3SS)
         try:
-            experts_N, features_ND = await persistently(lambda: self._gates.embed.remote(pixels_N3SS))
+            judged, features_ND = await persistently(lambda: self._gates.embed.remote(pixels_N3SS))
         finally:
             self._num_waiting -= len(pixels_N3SS)
-        return await asyncio.to_thread(self._aligned, experts_N, features_ND)
+        return await asyncio.to_thread(self._aligned, judged, features_ND)
 
     async def num_held(self) -> int:
         """See `Engine`."""
@@ -201,9 +203,10 @@ class ReplicaEngine:
             return 0
         return sum(each for each in found if isinstance(each, int))
 
-    def _aligned(self, experts_N: NDArray[np.int32], features_ND: Features) -> Found:
+    def _aligned(self, judged: Judged, features_ND: Features) -> Found:
         # A copy, as arrays that Ray passes on cannot be written to, which torch does not know.
-        return Found(np.array(experts_N), self._mixture.align(torch.from_numpy(np.array(features_ND)), experts_N))
+        unified_NZ = self._mixture.align(torch.from_numpy(np.array(features_ND)), judged.experts_N)
+        return Found(np.array(judged.experts_N), np.array(judged.refused_N), unified_NZ)
 
 
 @contextmanager

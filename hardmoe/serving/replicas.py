@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hardmoe.errors import HardmoeError
-from hardmoe.mixture import Mixture, Seen
+from hardmoe.mixture import Judged, Mixture, Seen
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.serving.batching import Batches
 from hardmoe.serving.engine import MOST_IMAGES, slices
@@ -69,7 +69,7 @@ class _Together:
     """A batch behind the gate, on its way through the experts; whoever wants its answer first sends it off."""
 
     seen: Seen
-    experts_N: NDArray[np.int32]
+    judged: Judged
     _answers: "asyncio.Task[Features] | None" = field(default=None, repr=False)
 
     async def features(self, ask: Ask) -> Features:
@@ -78,8 +78,8 @@ class _Together:
         return await asyncio.shield(self._answers)
 
     async def _ask_all(self, ask: Ask) -> Features:
-        numbers = np.unique(self.experts_N).tolist()
-        places = [np.flatnonzero(self.experts_N == number) for number in numbers]
+        numbers = np.unique(self.judged.experts_N).tolist()
+        places = [np.flatnonzero(self.judged.experts_N == number) for number in numbers]
         sent = zip(numbers, places, strict=True)
         answers = await asyncio.gather(*(ask(number, self._travelling(rows_n)) for number, rows_n in sent))
         features_ND = np.empty((len(self.seen), answers[0].shape[1]), np.float32)
@@ -107,13 +107,14 @@ class Gate:
         self._mixture, self._ask = mixture, ask
         self._batches = Batches(self._compute, ThreadPoolExecutor(1, thread_name_prefix="gate"), most_images)
 
-    async def embed(self, pixels_N3SS: NDArray[np.uint8]) -> tuple[NDArray[np.int32], Features]:
-        """Every image's expert, int32 [N], and its features by that, float32 [N, D].
+    async def embed(self, pixels_N3SS: NDArray[np.uint8]) -> tuple[Judged, Features]:
+        """Every image's expert and whether it is refused, and its features by that expert, float32 [N, D].
 
         The next images pass the trunk while these are with the experts.
         """
         together, rows = await self._batches(pixels_N3SS, len(pixels_N3SS))
-        return together.experts_N[rows], (await together.features(self._ask))[rows]
+        judged = Judged(together.judged.experts_N[rows], together.judged.refused_N[rows])
+        return judged, (await together.features(self._ask))[rows]
 
     def check_health(self) -> None:
         """Raise if a batch hangs."""
@@ -121,7 +122,7 @@ class Gate:
 
     def _compute(self, asked: Sequence[NDArray[np.uint8]]) -> list[tuple[_Together, slice]]:
         seen = self._mixture.see(np.concatenate(asked))
-        together = _Together(seen, self._mixture.route_seen(seen))
+        together = _Together(seen, self._mixture.judge_seen(seen))
         return [(together, rows) for rows in slices([len(each) for each in asked])]
 
 

@@ -64,7 +64,7 @@ class TagScore(_Strict):
 
 
 class Predicted(_Strict):
-    """An image's hashtags, best first."""
+    """An image's hashtags, best first; none of an image that is refused (`hardmoe serve --coverage`)."""
 
     expert: int = Field(description="Which expert answered.")
     tags: list[TagScore]

@@ -12,7 +12,7 @@ import urllib3.exceptions
 from botocore import exceptions as failures
 from botocore.parsers import ResponseParserError
 
-from hardmoe.errors import MissingFileError, StorageError
+from hardmoe.errors import MissingFileError, StorageError, StoreAwayError
 from hardmoe.storage.s3_silence import listened_for
 
 _CUT = (
@@ -79,7 +79,7 @@ def explained(verb: str, where: str, client: Any) -> Iterator[None]:
         with listened_for(endpoint, f"{verb} {where}"):
             yield
     except ANSWERS as error:
-        kind = MissingFileError if is_missing(error) else StorageError
+        kind = MissingFileError if is_missing(error) else StoreAwayError if is_passing(error) else StorageError
         raise kind(f"cannot {verb} {where}: {_explanation(error, endpoint)}") from error
 
 

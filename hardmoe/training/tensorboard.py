@@ -60,16 +60,17 @@ class EventFiles:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.record_writer import RecordWriter
 
-        with tempfile.TemporaryDirectory(prefix="hardmoe-events-") as directory:
-            path = Path(directory) / "events"
-            writer = RecordWriter(str(path))
-            for data in (Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString(), *self._waiting):
-                writer.write(data)
-            writer.close()
-            data = path.read_bytes()
         try:
+            with tempfile.TemporaryDirectory(prefix="hardmoe-events-") as directory:
+                path = Path(directory) / "events"
+                writer = RecordWriter(str(path))
+                for data in (Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString(), *self._waiting):
+                    writer.write(data)
+                writer.close()
+                data = path.read_bytes()
             self._storage.write_bytes(join(self._prefix, f"{self._name}.{self._count:05d}"), data)
-        except StorageError as error:
+        except (OSError, StorageError) as error:
+            # OSError: the machine's own temporary folder may be full, too.
             logger.warning("the curves for TensorBoard are not written: %s", error)
         self._count += 1
         self._waiting.clear()

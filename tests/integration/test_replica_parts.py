@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.mixture import Mixture
+from hardmoe.mixture import Judged, Mixture
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.serving.ray_app import gpu_share, most_experts
 from hardmoe.serving.replicas import Features, Gate, Holder, Travelling
@@ -30,7 +30,7 @@ def test_gate_and_holder_give_what_the_mixture_gives(which: str, images: list[by
     pixels, expected = mixture.pixels(images), mixture.embed(images)
     asked: list[int] = []
 
-    async def main() -> list[tuple[np.ndarray, Features]]:
+    async def main() -> list[tuple[Judged, Features]]:
         holder, networks = Holder(other), dict[int, TagClassifier]()
 
         async def ask(number: int, some: Travelling) -> Features:
@@ -55,7 +55,8 @@ def test_gate_and_holder_give_what_the_mixture_gives(which: str, images: list[by
         return answers
 
     answers = asyncio.run(main())
-    experts, features = (np.concatenate([each[at] for each in answers]) for at in (0, 1))
+    experts, features = np.concatenate([each.experts_N for each, _ in answers]), np.concatenate([each for _, each in answers])
+    assert not any(each.refused_N.any() for each, _ in answers)
     assert experts.tolist() == mixture.route(images).tolist()
     np.testing.assert_allclose(mixture.align(torch.from_numpy(features), experts), expected, rtol=1e-5, atol=1e-5)
     assert len(asked) < 2 * len(set(asked)) + 1, "the first request goes alone, all others together"

@@ -32,7 +32,7 @@ COMMANDS: dict[str, set[str]] = {
     "show": RECIPE | {"NAME", "--json"},
     "verify": RECIPE | {"NAMES", "--images"},
     "stop": RECIPE | {"--timeout"},
-    "predict": RECIPE | BULK | {"IMAGES", "-k"},
+    "predict": RECIPE | BULK | {"IMAGES", "-k", "--coverage"},
     "embed": RECIPE | BULK | {"IMAGES"},
     "index": RECIPE | {"--vectors", "--kind", "--recall", "--accept-versions"},
     "search": RECIPE | {"QUERY", "--vectors", "-n", "--json"},
@@ -41,7 +41,7 @@ COMMANDS: dict[str, set[str]] = {
     | {"--list", "--logs", "--stop", "--debug"},
     "plan": RECIPE | {"--images", "--image-bytes", "--experts", "--gpus", "--nodes", "--cpus", "--calibrate", "--rate", "--json"},
     "export": RECIPE | {"-o", "--out", "--onnx", "--programs"},
-    "serve": RECIPE | {"--host", "--port", "--memory-gib", "--vectors", "--replicas", "--address"},
+    "serve": RECIPE | {"--host", "--port", "--memory-gib", "--vectors", "--replicas", "--address", "--coverage"},
     "bench data": RECIPE | {"--rows", "--seconds", "--json"},
 }
 

@@ -58,7 +58,7 @@ IDENTITY = """
     decoder.rounds decoder.round_epochs
     decoder.batch_size decoder.learning_rate decoder.weight_decay
     evaluation.dense_baseline evaluation.random_partition evaluation.top_k evaluation.all_experts evaluation.rivals
-    evaluation.retrieval_sample
+    evaluation.retrieval_sample evaluation.probe evaluation.transfer evaluation.probe_sample evaluation.abstention
     evaluation.bootstrap_replicates evaluation.map_replicates
     distil seed
 """
@@ -85,6 +85,10 @@ ADDED = {
     "evaluation.all_experts": False,
     "evaluation.rivals": {},
     "evaluation.retrieval_sample": 20_000,
+    "evaluation.probe": False,
+    "evaluation.transfer": None,
+    "evaluation.probe_sample": 20_000,
+    "evaluation.abstention": False,
     "distil": None,
     "decoder.rank": 8,
     "decoder.rounds": 0,

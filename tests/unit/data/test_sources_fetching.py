@@ -105,7 +105,7 @@ def test_store_serves_what_lies_below_its_prefix_only(s3_store: Store) -> None:
 def test_store_that_does_not_answer_stops_the_run_instead_of_spoiling_every_row(
     s3_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hardmoe.storage.s3_client.ATTEMPTS", 2)
+    monkeypatch.setattr("hardmoe.storage.s3_client.PATIENCE_SECONDS", 0.1)
     folder = ImageFolder(f"s3://{s3_store.bucket()}/photos?endpoint={s3_store.direct}", KEY)
     absent = ImageFolder(f"s3://no-such-bucket/photos?endpoint={s3_store.direct}", KEY)
     gone = ImageFolder("s3://bucket/photos?endpoint=http://127.0.0.1:9", KEY)

@@ -27,7 +27,6 @@ def section(request: pytest.FixtureRequest, tmp_path: Path, kind: str, place: st
     if place == "local":
         return config
     store: Store = request.getfixturevalue("s3_store")
-    request.getfixturevalue("monkeypatch").setattr("hardmoe.storage.s3_client.ATTEMPTS", 30)
     moved = moved_to_store(config, folder, store.root("photos"))
     store.proxy.faults = Faults(busy=0.1, cut=0.05, refuse=0.05, seed=3)
     return moved

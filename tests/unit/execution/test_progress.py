@@ -10,6 +10,7 @@ import pytest
 from counting import Control, NotedDisplay, Run, ScriptedBackend, counting
 from rich.console import Console
 
+from hardmoe.errors import StorageError
 from hardmoe.execution import display as display_module
 from hardmoe.execution import progress as progress_module
 from hardmoe.execution import tracked as tracked_module
@@ -109,6 +110,34 @@ def test_summary_is_written_every_two_seconds_at_most_and_gone_at_the_end(root: 
     summaries = [path for path in written if path.endswith("status.json")]
     assert 5 <= len(summaries) <= 41 * 0.5 / 2 + 1
     assert not storage.exists("count/_progress/status.json")
+
+
+def test_store_that_cannot_say_how_far_units_are_does_not_end_the_run(root: Path, clock: list[float]) -> None:
+    """One look at a running unit's progress, while the store answered 503, ended a whole run."""
+    storage = LocalStorage(root)
+    real_exists, real_read, refused = storage.exists, storage.read_bytes, []
+
+    def unless_live(path: str) -> None:
+        if "/live/" in path:
+            refused.append(path)
+            raise StorageError(f"cannot read {path}: the store keeps answering 503")
+
+    def exists(path: str) -> bool:
+        unless_live(path)
+        return real_exists(path)
+
+    def read_bytes(path: str) -> bytes:
+        unless_live(path)
+        return real_read(path)
+
+    storage.exists, storage.read_bytes = exists, read_bytes  # type: ignore[method-assign]
+
+    def later(task: UnitTask) -> None:
+        clock[0] += 3
+
+    run = Run(root, [counting(numbers=(1, 2, 3))], backend=ScriptedBackend(1, later), storage=storage)
+    assert run.run().artifacts["count"].payload == {"total": 14}
+    assert refused
 
 
 def test_summary_tells_what_runs_and_what_failed(root: Path, control: Control, clock: list[float]) -> None:

@@ -215,6 +215,30 @@ def test_lost_worker_is_replaced_up_to_the_limit_and_then_the_unit_fails(root: P
     assert "count/1: its worker died 3 times without a new checkpoint in between, the last time so: WorkerCrashedError" in told
 
 
+def test_unit_that_the_store_did_not_answer_is_tried_again_and_never_isolated(root: Path) -> None:
+    """A machine that the network cut off failed its unit for good, which any other would have done."""
+
+    def away(times: int) -> ScriptedBackend:
+        left = [times]
+
+        def fate(task: UnitTask) -> UnitOutcome | None:
+            if task.unit.name != "1" or not left[0]:
+                return None
+            left[0] -= 1
+            return UnitOutcome(task, infrastructure="http://store does not answer", store_away=True)
+
+        return ScriptedBackend(2, fate)
+
+    run = Run(root, [counting(can_isolate=True)], RunnerOptions(attempts=2), away(1))
+    assert run.run().artifacts["count"].payload == {"total": 14}
+    told = "count/1: the store was away for it (http://store does not answer); trying again (1 of 2)"
+    assert told in run.display.lines
+    backend = away(5)
+    sentence = stages_failing(Run(root.parent / "b", [counting(can_isolate=True)], RunnerOptions(attempts=2), backend))
+    assert "count/1: the store was away for it 2 times without a new checkpoint in between, the last time so: http" in sentence
+    assert not any(task.is_isolated for task in backend.submitted)
+
+
 def test_unit_that_can_isolate_what_kills_it_is_given_one_more_try_in_which_it_does(root: Path) -> None:
     """After three losses, and only then; what is lost even so, is lost for good."""
     found = []

@@ -10,7 +10,7 @@ from counting import Control, counting
 from mounts import bind_read_only, small_disk
 
 from hardmoe.artifacts.provenance import machine
-from hardmoe.errors import CorruptFileError
+from hardmoe.errors import CorruptFileError, StoreAwayError
 from hardmoe.execution.task import UnitTask, load_completion, parse_completion
 from hardmoe.execution.worker import execute_unit
 from hardmoe.stage import Unit
@@ -48,6 +48,19 @@ def test_attempts_write_apart_and_the_first_completion_is_the_one(root: Path) ->
     first, second = execute_unit(task(root)), execute_unit(task(root))
     assert first.completion == second.completion
     assert len(list(root.glob("count/_progress/build/staged/square/3/*"))) == 2
+
+
+@pytest.mark.parametrize("method", ["exists", "create"], ids=["before", "at its end"])
+def test_unit_whose_store_is_away_is_lost_and_has_not_failed(root: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    asked = task(root)
+
+    def away(*arguments: object) -> None:
+        raise StoreAwayError("http://store keeps answering 503")
+
+    monkeypatch.setattr(LocalStorage, method, away)
+    outcome = execute_unit(asked)
+    assert (outcome.error, outcome.completion, outcome.store_away) == (None, None, True)
+    assert outcome.infrastructure == "http://store keeps answering 503"
 
 
 def test_unit_that_fails_leaves_no_completion_and_its_log_keeps_the_earlier_attempts(root: Path, control: Control) -> None:

@@ -29,7 +29,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
     store: Store = request.getfixturevalue("s3_store")
     uri = store.root()
     if request.param == "s3-misbehaving":
-        request.getfixturevalue("monkeypatch").setattr("hardmoe.storage.s3_client.ATTEMPTS", 30)
         store.proxy.faults = MISBEHAVING
     yield open_storage(uri)
     if request.param == "s3-misbehaving" and len(store.proxy.log) > 20:

@@ -18,7 +18,7 @@ from s3 import Fault, Faults, Store
 
 from hardmoe.artifacts.record import Record
 from hardmoe.artifacts.store import Artifact
-from hardmoe.errors import CorruptFileError, StorageError
+from hardmoe.errors import CorruptFileError, StorageError, StoreAwayError
 from hardmoe.stage import FileEntry
 from hardmoe.storage import Storage, open_storage, s3_silence, sha256_of
 from hardmoe.storage import s3 as s3_module
@@ -326,15 +326,29 @@ def test_listing_and_deletion_of_many_files_take_pages(
     assert keys == ["run/many2"], "the folder's placeholder goes as well"
 
 
-def test_busy_store_is_given_up_after_a_bounded_number_of_attempts(s3_store: Store, storage: Storage) -> None:
+def test_outage_within_the_patience_is_survived_however_often_it_refuses(
+    s3_store: Store, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that answered 503 for 30 s ended runs: ten attempts were over after 23 s on average."""
+    monkeypatch.setattr("hardmoe.storage.s3_client.LONGEST_WAIT_SECONDS", 0.01)
+    for method in ("PUT", "GET"):
+        s3_store.proxy.next(method, "file", *["busy"] * 30)
+    storage.write_bytes("file", b"x")
+    assert storage.read_bytes("file") == b"x"
+    assert s3_store.proxy.injected == {"busy": 60}
+
+
+def test_busy_store_is_given_up_after_a_bounded_time(s3_store: Store, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience is 60 s in earnest."""
+    monkeypatch.setattr("hardmoe.storage.s3_client.PATIENCE_SECONDS", 0.3)
     s3_store.proxy.faults = Faults(busy=1.0)
     with pytest.raises(
-        StorageError,
+        StoreAwayError,
         match=r"^cannot write s3://\S+/run/file: http://\S+ keeps answering 503 SlowDown; run again later or with less in "
         r"parallel, finished work is kept$",
     ):
         storage.write_bytes("file", b"x")
-    assert s3_store.proxy.requests == {"PUT": 10}
+    assert s3_store.proxy.requests["PUT"] > 2
 
 
 def test_silent_endpoint_is_given_up_after_a_bounded_time(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,8 @@ def test_looking_at_a_run_in_a_bucket_that_is_not_there_or_closed_says_so(
     assert sentence.startswith("no run was begun in s3://bucket-")
 
 
-def test_endpoint_where_nobody_listens_is_named(s3_store: Store, unused_port: int) -> None:
+def test_endpoint_where_nobody_listens_is_named(s3_store: Store, unused_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hardmoe.storage.s3_client.PATIENCE_SECONDS", 0.1)
     endpoint = f"http://127.0.0.1:{unused_port}"
     with pytest.raises(StorageError) as caught:
         open_storage(f"s3://bucket/run?endpoint={endpoint}").exists("x")

@@ -1,6 +1,7 @@
 """Curves for TensorBoard, read back record by record as its own readers do, checksums included."""
 
 import struct
+import tempfile
 import time
 from pathlib import Path
 
@@ -76,3 +77,14 @@ def test_curves_that_cannot_be_written_end_no_training(
     curves.note({"step": 1, "loss": 1.0})
     curves.write()
     assert "the curves for TensorBoard are not written: no space left" in caplog.text
+
+
+def test_full_temporary_folder_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker whose own disk is full would otherwise fail an expert for its curves, while the root has room."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    curves = EventFiles(LocalStorage(tmp_path), "curves")
+    curves.note({"step": 1, "loss": 1.0})
+    curves.write()
+    assert "the curves for TensorBoard are not written: [Errno 2] No such file or directory" in caplog.text
