@@ -117,7 +117,7 @@ def test_experts_are_loaded_once_for_all_shards_and_interrupted_work_is_resumed(
     assert invoke(tmp_path, *arguments).returncode == 0
     num_shards = len(list((tmp_path / "out" / "predictions").glob("part-*")))
     assert num_shards >= 6 and len(calls) == num_shards + 1, "units that were done were done again"
-    assert work._open(root, None, False).experts.num_loads == 3
+    assert work._open(root, None, False, None).experts.num_loads == 3
     before = (tmp_path / "out" / "predictions" / "artifact.json").read_bytes()
     monkeypatch.setattr(work, "answer", None)
     assert invoke(tmp_path, *arguments).returncode == 0
