@@ -34,7 +34,7 @@ from hardmoe.data.given_images import pieces, squares
 from hardmoe.data.reading import tag_names
 from hardmoe.errors import CorruptFileError, DataError, RebuiltInputError
 from hardmoe.evaluation.abstention import kept_limit
-from hardmoe.evaluation.topk import log_weights
+from hardmoe.evaluation.topk import fitted_temperature, log_weights
 from hardmoe.models.backbones import TagClassifier
 from hardmoe.models.branching import split
 from hardmoe.models.network_cache import NetworkCache
@@ -248,7 +248,7 @@ class Mixture:
             TypeError: something that is no image, or one image in place of several.
             DataError: an image cannot be read or decoded, names its position; or the run has no weights for so many experts.
         """
-        temperature = self._temperature(experts)
+        temperature = fitted_temperature(self.store, experts)
         return [each for seen in self._all_seen(images) for each in self._predict(seen, k, experts, temperature)]
 
     def pixels(self, images: "Sequence[GivenImage]", max_pixels: int = PILLOW_MAX_PIXELS) -> NDArray[np.uint8]:
@@ -269,7 +269,7 @@ class Mixture:
         """The expert of every image, int32 [N]."""
         return self.router.route(self._routing_features(seen)).primary_N
 
-    def judge_seen(self, seen: Seen) -> "Judged":
+    def judge_seen(self, seen: Seen) -> Judged:
         """The expert of every image, and which images are refused."""
         features_ND = self._routing_features(seen)
         return Judged(self.router.route(features_ND).primary_N, self._too_far(features_ND))
@@ -385,24 +385,7 @@ class Mixture:
         """The trunk's features as they are stored: rounded to float16, float32 [N, D]."""
         return self._features(self.trunk, seen, np.arange(len(seen))).numpy().astype(np.float16).astype(np.float32)
 
-    def _temperature(self, num_experts: int) -> float:
-        """By which the run mixes so many experts; no matter for one.
-
-        Raises:
-            DataError: it has not been fitted.
-        """
-        if num_experts == 1:
-            return 1.0
-        temperature = self.store.find("topk/temperature")
-        fitted = None if temperature is None else temperature.record.payload["top_k"]
-        if temperature is None or fitted != num_experts:
-            raise DataError(
-                f"experts={num_experts} needs weights fitted for as many, which this run has "
-                f"{'none of' if fitted is None else f'for {fitted}'}; run `hardmoe evaluate` with evaluation.top_k: {num_experts}"
-            )
-        return float(temperature.record.payload["temperature"])
-
-    def _mixed(self, seen: Seen, num_experts: int, temperature: float) -> tuple["Judged", torch.Tensor]:
+    def _mixed(self, seen: Seen, num_experts: int, temperature: float) -> tuple[Judged, torch.Tensor]:
         """The nearest expert of each, and the probabilities [N, V] that several mix as `evaluation.topk` does."""
         features_ND = self._routing_features(seen)
         nearest_Nk, squared_Nk = self.router.nearest(features_ND, num_experts)

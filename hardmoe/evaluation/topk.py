@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.config import Json
 from hardmoe.data.reading import labels_of
 from hardmoe.data.schemas import NEAREST_EMBEDDINGS
+from hardmoe.errors import DataError
 from hardmoe.models.shared_decoder import SharedDecoder, load_shared_decoder
 from hardmoe.stage import Completion, DriverContext, Finished, InputArtifact, Phase, Unit, UnitContext
 from hardmoe.tables import ids_to_array, read_table, vectors_to_array
@@ -39,6 +41,24 @@ def log_weights(squared_distances_Nk: NDArray[np.float64], temperature: float) -
     """Of the mixture, float64 [N, k]: log softmax(-d^2 / T)."""
     scaled_Nk = (squared_distances_Nk.min(axis=1, keepdims=True) - squared_distances_Nk) / temperature
     return np.asarray(scaled_Nk - np.log(np.exp(scaled_Nk).sum(axis=1, keepdims=True)))
+
+
+def fitted_temperature(store: ArtifactStore, num_experts: int) -> float:
+    """T by which a run mixes so many experts of an image; 1 for one, where it does not matter.
+
+    Raises:
+        DataError: it has not been fitted.
+    """
+    if num_experts == 1:
+        return 1.0
+    temperature = store.find("topk/temperature")
+    fitted = None if temperature is None else temperature.record.payload["top_k"]
+    if temperature is None or fitted != num_experts:
+        raise DataError(
+            f"experts={num_experts} needs weights fitted for as many, which this run has "
+            f"{'none of' if fitted is None else f'for {fitted}'}; run `hardmoe evaluate` with evaluation.top_k: {num_experts}"
+        )
+    return float(temperature.record.payload["temperature"])
 
 
 def build_topk_scorer(decoder: InputArtifact, temperature: InputArtifact) -> TopkScorer:
