@@ -4,6 +4,9 @@ A connection that sends nothing, or a header byte a minute, would otherwise be h
 connections. Rejected: a watchdog over all connections, which needs their protocols' insides too.
 """
 
+import asyncio
+import contextlib
+import socket
 from typing import Any
 
 import uvicorn
@@ -14,6 +17,9 @@ from hardmoe.serving.limits import Limits
 
 _LAST_SECONDS = 1.0
 """For which a connection may bring its first request after the end was asked for; uvicorn's own protocol resets it."""
+
+_SETTLING_SECONDS = 0.05
+"""In which connections that the loop has accepted become known to uvicorn."""
 
 
 class _Protocol(H11Protocol):
@@ -51,6 +57,34 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
+class _Server(uvicorn.Server):
+    """Takes whoever stands before the door in before it closes.
+
+    uvicorn's own resets what the kernel holds for it, and what it has only just accepted: most of a busy server's clients.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server`."""
+        loop = asyncio.get_running_loop()
+        for listening in sockets or []:
+            listening.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    accepted, _ = listening.accept()
+                    accepted.setblocking(False)
+                    await loop.connect_accepted_socket(self._protocol, accepted)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_SETTLING_SECONDS)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
+
 def make_server(app: Starlette, limits: Limits, host: str, port: int) -> uvicorn.Server:
     """A server of an application, not started yet."""
     config = uvicorn.Config(
@@ -65,4 +99,4 @@ def make_server(app: Starlette, limits: Limits, host: str, port: int) -> uvicorn
         timeout_graceful_shutdown=30,
         server_header=False,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
