@@ -12,6 +12,7 @@ takes turns in every round; figures are medians with the least and the most of t
 
 import argparse
 import contextlib
+import hashlib
 import http.client
 import io
 import os
@@ -44,6 +45,7 @@ from hardmoe.mixture import Mixture
 from hardmoe.models.shared_decoder import SharedDecoder
 from hardmoe.partitioning.router import Router
 from hardmoe.partitioning.transform import FeatureTransform
+from hardmoe.stage import FileEntry
 from hardmoe.storage import open_storage
 from hardmoe.tables import build_table, write_table
 from hardmoe.training.network import Architecture, build_network
@@ -84,7 +86,8 @@ class Root:
         """An artifact of these files."""
         for path, data in files.items():
             self.store.storage.write_bytes(f"{name}/{path}", data)
-        self.store.commit(name, Record(name, 1, name, config or {}, {}, [], payload or {}), b"{}")
+        entries = [FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in files.items()]
+        self.store.commit(name, Record(name, 1, name, config or {}, {}, entries, payload or {}), b"{}")
 
 
 def make_mixture(directory: Path, num_experts: int, architecture: Architecture, images: list[bytes]) -> Mixture:
@@ -98,18 +101,15 @@ def make_mixture(directory: Path, num_experts: int, architecture: Architecture, 
     root.put("partition", {}, {"partition": {"method": "kmeans"}})
     tags = build_table(TAGS, {"index": range(NUM_TAGS), "tag": map(str, range(NUM_TAGS)), "count": [1] * NUM_TAGS})
     write_table(root.store.storage.open_output("vocabulary/tags.parquet"), tags)
-    root.put("vocabulary", {})
+    root.put("vocabulary", {"tags.parquet": root.store.storage.read_bytes("vocabulary/tags.parquet")})
     width = network.backbone.num_features
     start = torch.randn(NUM_TAGS, width, generator=torch.Generator().manual_seed(0))
     decoder = SharedDecoder.initial(num_experts, width, start, torch.zeros(NUM_TAGS), seed=0)
     weights = safetensors.torch.save({key: tensor.contiguous() for key, tensor in decoder.state_dict().items()})
     root.put("decoder", {"decoder.safetensors": weights})
-    router = Router(FeatureTransform("none"), np.zeros((1, width), np.float32))
-    root.put("router", router.to_files())
-    mixture = Mixture.load(str(directory))
+    mixture = Mixture(root.store)
     chosen = mixture._routing_features(mixture.see(mixture.pixels(images[:num_experts])))
-    for path, data in Router(FeatureTransform("none"), chosen).to_files().items():
-        root.store.storage.write_bytes(f"router/{path}", data)
+    root.put("router", Router(FeatureTransform("none"), chosen).to_files())
     return Mixture.load(str(directory))
 
 
