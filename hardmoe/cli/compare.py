@@ -19,8 +19,8 @@ from hardmoe.cli.finished import FinishedRun, distinct_names, speed_of, wall_clo
 from hardmoe.config import Json
 from hardmoe.errors import RecipeError, StorageError
 
-PREFERRED = "mixture"
-"""What others are held against where nobody chose: of the first run."""
+PREFERRED, CONTROL = "mixture", "dense_refit"
+"""What others are held against where nobody chose, of the first run; and what a mixture is held against in its own run."""
 
 
 def check_options(roots: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -119,8 +119,18 @@ def _described_run(name: str, run: FinishedRun) -> dict[str, Json]:
         "vocabulary": vocabulary,
         "training_seconds": wall_clock(run.trainings()),
         **run.built_by(),
+        "num_experts": run.num_experts(),
+        "gain": _gain(run),
         "systems": systems,
     }
+
+
+def _gain(run: FinishedRun) -> Json:
+    """The mixture's headline metric less the control's of its own run; None where it lacks one of them."""
+    from hardmoe.evaluation.bootstrap import paired_result
+
+    values_R = run.replicates(METRIC_COLUMNS[0])
+    return paired_result(values_R[PREFERRED], values_R[CONTROL]) if values_R.keys() >= {PREFERRED, CONTROL} else None
 
 
 def _differences(run: FinishedRun, system: str, reference: FinishedRun, chosen: str) -> dict[str, Json]:

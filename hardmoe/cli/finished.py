@@ -112,6 +112,10 @@ class FinishedRun:
         seen = {artifact.name: int(artifact.payload["examples_seen"]) for artifact in self._trained()}
         return sum(count for name, count in seen.items() if is_of_the_mixture(name)), seen.get(DENSE)
 
+    def num_experts(self) -> int:
+        """Of the recipe's own mixture, as many as were trained."""
+        return sum(artifact.name.startswith("experts/") for artifact in self._trained())
+
     def built_by(self) -> dict[str, list[str]]:
         """Commits and machines that trained and evaluated, each once; a machine nobody described by its host's name."""
         bodies = [self._provenance(artifact) for artifact in [*self._trained(), self.evaluation]]

@@ -25,7 +25,7 @@ class DecoderConfig(Config):
     """Rank of each expert's correction under `align: lowrank`."""
 
     dim: int | None = Field(None, ge=1)
-    """Width of the unified space; null for the experts' width, at most twice that. Needs `align: affine` or `lowrank`."""
+    """Width of the unified space; null for the experts' width, at most four times that. Needs `align: affine` or `lowrank`."""
 
     temperature: float | None = added(None, gt=0)
     """A number makes the decoder one of cosines, cos / temperature + bias, with the temperature learned from there on (0.05 is a

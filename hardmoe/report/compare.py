@@ -24,8 +24,8 @@ def render_comparison(comparison: Mapping[str, Any]) -> str:
     """Render the page.
 
     Args:
-        comparison: `runs` (each with `name`, `root`, `systems`, of which each has `metrics`, `cost` and a `difference`),
-            `against` and `test_sets`, as `hardmoe report --compare --json` prints it.
+        comparison: `runs` (each with `name`, `root`, `systems`, of which each has `metrics`, `cost` and a `difference`, and
+            `num_experts`, `gain`), `against` and `test_sets`, as `hardmoe report --compare --json` prints it.
 
     Returns:
         A complete HTML document that refers to nothing outside itself.
@@ -50,6 +50,7 @@ def render_comparison(comparison: Mapping[str, Any]) -> str:
             figures=_system_figures(runs),
             differences=_difference_chart(rows, chosen),
             costs=[chart for chart in (_cost_chart(runs, *each) for each in _COSTS) if chart is not None],
+            gains=_gain_chart(runs),
         )
     )
 
@@ -106,6 +107,29 @@ def _difference_chart(
             intervals.append(_interval(f"{run['name']}: {system}", metric, 0 if system == chosen["system"] else None, text))
     captions = Captions("chart-differences", f"Paired differences in {HEADLINE_METRIC}", "points", note="In percentage points.")
     return charts.interval_chart(captions, intervals, zero=True) if intervals else None
+
+
+def _gain_chart(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """What a mixture gains over its own run's control against the images it was shown, a line for every number of experts.
+
+    None where there are no two such runs.
+    """
+    lines: dict[int, dict[int, Interval]] = {}
+    for run in runs:
+        cost = run["systems"].get("mixture", {}).get("cost")
+        if run["gain"] is not None and run["gain"]["low"] is not None and cost:
+            # Of runs with the same schedule and number of experts the last one named stands for all.
+            text = f"{format_points(run['gain']['value'])} after {cost['images_seen']:,} images"
+            point = _interval(run["name"], run["gain"], None, text)
+            lines.setdefault(run["num_experts"], {})[cost["images_seen"]] = point
+    if sum(map(len, lines.values())) <= 1:
+        return None
+    profiles = [
+        Profile(f"{count} experts", [(float(f"{seen / 1e6:.3g}"), line[seen]) for seen in sorted(line)], style % charts.NUM_STYLES)
+        for style, (count, line) in enumerate(sorted(lines.items()))
+    ]
+    captions = Captions("chart-gains", "What the mixture gains", "million images shown, the trunk's included", "points")
+    return charts.profile_chart(captions, profiles)
 
 
 def _cost_chart(runs: Sequence[Mapping[str, Any]], key: str, name: str, of: str) -> tuple[str, Markup] | None:

@@ -258,7 +258,7 @@ def test_data_that_are_too_few_say_how_many_there_are(
         (("trunk.backbone=vit_b_16", "trunk.image_size=20"), ("'vit_b_16' cannot be built for images of 20 pixels", "another")),
         (("trunk.backbone=vit_b_32", "trunk.image_size=32", "trunk.stem=small"), ("'vit_b_32'", "use stem: auto")),
         (("experts={backbone: resnet19, init: random}",), ("unknown backbone 'resnet19'",)),
-        (("decoder.dim=65",), ("decoder.dim 65 is more than twice the experts' width 32", "set it to at most 64")),
+        (("decoder.dim=129",), ("decoder.dim 129 is more than four times the experts' width 32", "set it to at most 128")),
         (("decoder.align=lowrank", "decoder.rank=32"), ("decoder.rank 32 is no less than the rank of a full map", "at most 31")),
     ],
 )
@@ -275,8 +275,8 @@ def test_network_that_cannot_be_is_refused_before_anything_is_ingested(
 
 def test_decoder_that_is_too_wide_for_trained_experts_is_refused_before_it_is_fitted(finished: Path, tmp_path: Path) -> None:
     copied_run(finished, tmp_path, keep=["dataset", "vocabulary", "trunk", "features", "router", "partition", "experts"])
-    sentence = refusal(invoke(tmp_path, "fit-decoder", "--backend", "inline", "--set", "decoder.dim=65"))
-    assert "decoder.dim 65 is more than twice the experts' width 32" in sentence
+    sentence = refusal(invoke(tmp_path, "fit-decoder", "--backend", "inline", "--set", "decoder.dim=129"))
+    assert "decoder.dim 129 is more than four times the experts' width 32" in sentence
 
 
 def test_expert_that_the_recipe_does_not_have_is_refused_with_the_range(finished: Path) -> None:

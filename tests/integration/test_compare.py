@@ -44,6 +44,11 @@ def test_runs_of_one_test_set_are_paired_image_by_image(root: Path, root_of_one_
     # In one run the difference is the evaluation's own.
     own = metrics(root)["differences"]["mixture - dense_refit"]["precision@1"]
     assert first["systems"]["mixture"]["difference"]["metrics"]["precision@1"] == pytest.approx(own)
+    assert first["gain"] == pytest.approx(own)
+    assert [run["num_experts"] for run in body["runs"]] == [3, 1]
+    page = (tmp_path / "compare.html").read_text()
+    seen = [run["systems"]["mixture"]["cost"]["images_seen"] for run in body["runs"]]
+    assert all(f"after {count:,} images" in page for count in seen), "a point for each run in the chart of gains"
 
 
 def test_every_system_comes_with_metrics_costs_and_what_its_trainings_noted(root: Path, tmp_path: Path) -> None:

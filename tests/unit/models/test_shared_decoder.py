@@ -151,9 +151,9 @@ def test_start_is_a_function_of_the_seed_and_leaves_global_randomness_alone():
     assert torch.equal(start[0].alignment.weight[0], start[0].alignment.weight[K - 1])
 
 
-def test_more_than_twice_the_width_is_refused_with_the_remedy():
-    with pytest.raises(RecipeError, match=r"decoder\.dim 9 .* width 4.* at most 8"):
-        SharedDecoder.initial(K, E, torch.ones(V, E), torch.zeros(V), 0, DecoderForm(dim=9))
+def test_more_than_four_times_the_width_is_refused_with_the_remedy():
+    with pytest.raises(RecipeError, match=r"decoder\.dim 9 .* width 4.* at most 16"):
+        SharedDecoder.initial(K, E, torch.ones(V, E), torch.zeros(V), 0, DecoderForm(dim=17))
 
 
 def test_a_width_without_alignment_is_refused_in_the_recipe():
