@@ -109,11 +109,10 @@ def _together(one: StagePlan, other: StagePlan) -> StagePlan:
 
 def _phases(stage: Stage, recipe: Recipe, shape: Shape, rates: Rates, on: tuple[Network, bool]) -> list[PhaseWork]:
     rows = rows_of(stage, recipe, shape)
-    measured = rates.seconds_per_row.get(stage.kind)
+    measured = rates.row_seconds(stage)
     each = measured if measured is not None else _seconds_per_row(stage, rates, *on)
-    return [
-        PhaseWork(name, units, rates.unit_seconds + rows * each * share / units) for name, units, share in phases_of(stage, shape)
-    ]
+    beside = rates.seconds_beside_rows(stage)
+    return [PhaseWork(name, units, beside + rows * each * share / units) for name, units, share in phases_of(stage, shape)]
 
 
 def _seconds_per_row(stage: Stage, rates: Rates, network: Network, has_gpus: bool) -> float:

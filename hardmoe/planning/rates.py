@@ -1,7 +1,8 @@
 """How fast units are: stated, measured by a finished run, or else what a usual machine does.
 
 A finished run's provenance holds every unit's seconds. Divided by the rows that its stage went through they give seconds per row
-of each kind of stage, which hold for more rows of the same networks on the same machines at the same concurrency. Rejected: a
+of each kind of stage, which hold for more rows of the same networks on the same machines at the same concurrency. A training tells
+its speed as well, so that what it takes to begin and to end, which more epochs do not make longer, is told apart. Rejected: a
 calibration of its own that times every stage anew, which a small run does better, as it is one.
 """
 
@@ -49,7 +50,9 @@ class Rates:
     cpu_price: float = 0.0
     """Per CPU and hour where no GPU is used."""
     seconds_per_row: Mapping[str, float] = field(default_factory=dict)
-    """Measured, by kind of stage."""
+    """Measured, by stage and, for stages that the measured run has not, by kind of stage."""
+    seconds_per_unit: Mapping[str, float] = field(default_factory=dict)
+    """Likewise: what a training takes beside its steps."""
 
     @classmethod
     def stated(cls, values: Mapping[str, str]) -> "Rates":
@@ -58,7 +61,7 @@ class Rates:
         Raises:
             RecipeError: there is no such rate, or it is no number above zero.
         """
-        known = [name for name in cls.__dataclass_fields__ if name != "seconds_per_row"]
+        known = [name for name in cls.__dataclass_fields__ if name not in ("seconds_per_row", "seconds_per_unit")]
         found: dict[str, Any] = {}
         for name, text in values.items():
             if name not in known:
@@ -86,24 +89,52 @@ class Rates:
         if dataset is None:
             raise RecipeError(f"--calibrate: nothing is finished in {storage.where()}; name the root of a finished run")
         shape = Shape.of_recipe(recipe, sum(dataset.payload["sizes"].values()))
-        seconds: dict[str, float] = {}
-        rows: dict[str, float] = {}
+        measured: dict[str, list[tuple[float, float, float]]] = {}
         for stage in stages:
             if stage.name.startswith(TRANSFER):
                 continue  # of a dataset of another size
             taken = _seconds_of(storage, stage.name)
             if taken is not None:
-                seconds[stage.kind] = seconds.get(stage.kind, 0.0) + taken
-                rows[stage.kind] = rows.get(stage.kind, 0.0) + rows_of(stage, recipe, shape)
-        return replace(self, seconds_per_row={kind: taken / max(1.0, rows[kind]) for kind, taken in seconds.items()})
+                in_steps = min(taken, _seconds_in_steps(storage, stage.name, default=taken))
+                for key in (stage.name, _any(stage)):
+                    measured.setdefault(key, []).append((in_steps, taken - in_steps, rows_of(stage, recipe, shape)))
+        per_row, per_unit = {}, {}
+        for key, each in measured.items():
+            in_steps, beside, rows = map(sum, zip(*each, strict=True))
+            per_row[key], per_unit[key] = in_steps / max(1.0, rows), beside / len(each)
+        return replace(self, seconds_per_row=per_row, seconds_per_unit=per_unit)
+
+    def row_seconds(self, stage: Stage) -> float | None:
+        """Measured seconds per row; None where the measured run has nothing of the kind."""
+        return self.seconds_per_row.get(stage.name, self.seconds_per_row.get(_any(stage)))
+
+    def seconds_beside_rows(self, stage: Stage) -> float:
+        """Of one unit: its hand-over and, of a training that was measured, its begin and its end."""
+        return self.unit_seconds + self.seconds_per_unit.get(stage.name, self.seconds_per_unit.get(_any(stage), 0.0))
+
+
+def _any(stage: Stage) -> str:
+    """The key of all stages of its kind; the kind alone may be the name of one, as `trunk` is."""
+    return f"any {stage.kind}"
+
+
+def _units_of(storage: Storage, name: str) -> tuple[list[Mapping[str, Any]], int]:
+    """Those units of a stage of which is known what they took, and how many it has; none if it was not built here."""
+    data = read_if_there(storage, join(name, PROVENANCE_NAME))
+    body = {} if data is None else json.loads(data)
+    shown = body.get("units", [])
+    return shown, body.get("num_units", len(shown))
 
 
 def _seconds_of(storage: Storage, name: str) -> float | None:
     """Seconds of all units of a stage together; None if it was not built here."""
-    data = read_if_there(storage, join(name, PROVENANCE_NAME))
-    body = {} if data is None else json.loads(data)
-    if not body.get("units"):
-        return None
-    shown = body["units"]
-    total: float = sum(unit["seconds"] for unit in shown) * body.get("num_units", len(shown)) / len(shown)
-    return total
+    shown, count = _units_of(storage, name)
+    return sum(unit["seconds"] for unit in shown) * count / len(shown) if shown else None
+
+
+def _seconds_in_steps(storage: Storage, name: str, default: float) -> float:
+    """What a training would have taken at the speed that it told last; the default for everything that is none."""
+    (shown, _), artifact = _units_of(storage, name), ArtifactStore(storage).find(name)
+    speed = shown[0].get("said", {}).get("examples/s")
+    seen = None if artifact is None else artifact.payload.get("examples_seen")
+    return seen / speed if seen and speed else default

@@ -265,7 +265,7 @@ def _last_line(application: Any) -> str:
 @contextmanager
 def _joined(address: str, num_cpus: int) -> Iterator[None]:
     """Be a driver of the cluster, or of a Ray of our own with so many CPUs, until the block ends."""
-    prepare_environment()
+    prepare_environment(joins=address != "local")
     try:
         import ray
         from ray import serve  # noqa: F401 - to know before anything starts

@@ -50,25 +50,31 @@ def end(process: subprocess.Popen[bytes]) -> None:
             each.kill()
 
 
-def wait_for_nodes(count: int, job_server: str, started: list[subprocess.Popen[bytes]]) -> None:
+def wait_for_nodes(count: int, job_server: str, token: Path, started: list[subprocess.Popen[bytes]]) -> None:
     """Until the dashboard knows of so many living nodes."""
     end_of_patience = time.monotonic() + 240
     while True:
         assert all(process.poll() is None for process in started) and time.monotonic() < end_of_patience
         with (
             suppress(OSError, urllib.error.URLError),
-            urllib.request.urlopen(f"{job_server}/nodes?view=summary", timeout=5) as answer,
+            urllib.request.urlopen(_asked(f"{job_server}/nodes?view=summary", token), timeout=5) as answer,
         ):
             if answer.read().decode().count('"ALIVE"') == count:
                 return
         time.sleep(0.1)
 
 
+def _asked(address: str, token: Path) -> urllib.request.Request:
+    return urllib.request.Request(address, headers={"Authorization": f"Bearer {token.read_text().strip()}"})
+
+
 @pytest.fixture
-def cluster(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+def cluster(s3_store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """By the runbook's own two commands, with ports that are free and `--block`, so that they end with the test."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # As on a machine of one's own: `ray start` makes a token in the home directory, and nobody sets the mode.
+    monkeypatch.setenv("HOME", str(home := tmp_path_factory.mktemp("home")))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     text = (REPOSITORY / "cluster" / "README.md").read_text()
     port, dashboard = free_port(), free_port()
     address, job_server = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
@@ -91,7 +97,7 @@ def cluster(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runnin
         for command in commands:
             started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}))
             stack.callback(end, started[-1])
-            wait_for_nodes(len(started), job_server, started)
+            wait_for_nodes(len(started), job_server, home / ".ray" / "auth_token", started)
         yield Running(address, job_server)
 
 

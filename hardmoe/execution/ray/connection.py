@@ -11,7 +11,8 @@ from typing import Any
 from hardmoe.errors import BackendError
 
 CONNECT_SECONDS = 5.0
-TOKEN_REMEDY = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
+TOKEN_REMEDY = "set RAY_AUTH_TOKEN to the cluster's, which its head keeps in ~/.ray/auth_token, and RAY_AUTH_MODE=token"
+_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _MOST_OF_A_GROUP = 1024
 _OWN_REMEDY = (
     "run it again when the machine is less busy, or do without Ray (--backend inline; of 'hardmoe serve', without --replicas)"
@@ -19,8 +20,15 @@ _OWN_REMEDY = (
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
-def prepare_environment() -> None:
-    """What Ray reads from the environment at its import."""
+def prepare_environment(joins: bool) -> None:
+    """What Ray reads from the environment at its import.
+
+    Args:
+        joins: a cluster that runs already. `ray start` has such a one ask for a token, which it keeps in the home directory, but
+            `ray.init` sends it only to whom the mode is set. A cluster without tokens does not mind one.
+    """
+    if joins and (any(os.environ.get(name) for name in _TOKENS) or (Path.home() / ".ray" / "auth_token").exists()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Keep CUDA visible as it is for CPU-only units: Ray otherwise warns of a coming change of its default at every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -34,7 +42,7 @@ def init(address: str, options: dict[str, Any]) -> None:
     """
     if address != "local":
         check_reachable(address)
-    prepare_environment()
+    prepare_environment(joins=address != "local")
     import ray
 
     try:

@@ -62,7 +62,7 @@ class JobServer:
         self._address = address
         if not address.startswith(("http://", "https://")):
             raise BackendError(f"--address '{address}' is no job server's; give the head node's, such as http://10.0.0.1:8265")
-        prepare_environment()
+        prepare_environment(joins=True)
         with self._told():
             self._client = _client(address, certificates)
 

@@ -19,6 +19,7 @@ from hardmoe.artifacts.lease import this_process
 from hardmoe.errors import BackendError, UnitsFailedError
 from hardmoe.execution.ray import scratch
 from hardmoe.execution.ray.backend import RayBackend
+from hardmoe.execution.ray.connection import prepare_environment
 from hardmoe.execution.runner import RunnerOptions
 from hardmoe.stage import Resources
 
@@ -186,3 +187,26 @@ def test_long_temporary_directory_is_not_used_for_sockets(tmp_path: Path, monkey
     made = scratch.make_scratch()
     assert made.parent == Path("/tmp")
     scratch.shutil.rmtree(made)
+
+
+def test_token_that_ray_start_made_is_sent_to_a_cluster_and_the_mode_that_somebody_set_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: `ray start --head`, then `--address auto` on the same machine: "refuses this driver's token"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    # Set first, so that what the function sets is undone as well.
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    del os.environ["RAY_AUTH_MODE"]
+    prepare_environment(joins=True)
+    assert "RAY_AUTH_MODE" not in os.environ, "there is no token"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    prepare_environment(joins=False)
+    assert "RAY_AUTH_MODE" not in os.environ, "a Ray of our own needs none"
+    prepare_environment(joins=True)
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    prepare_environment(joins=True)
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
