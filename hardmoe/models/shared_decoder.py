@@ -61,7 +61,7 @@ class _Linear(nn.Module):
 
 
 _WIDEST = 4
-"""Of the experts' width. Up to twice is what claims are made with (`pipelines/README.md`); beyond it one may look at the trend."""
+"""Of the experts' width. Claims are made with at most twice (`pipelines/README.md`); beyond it one may look at the trend."""
 
 
 def check_width(dim: int, num_features: int) -> None:

@@ -1,9 +1,9 @@
 """How fast units are: stated, measured by a finished run, or else what a usual machine does.
 
-A finished run's provenance holds every unit's seconds. Divided by the rows that its stage went through they give seconds per row
-of each kind of stage, which hold for more rows of the same networks on the same machines at the same concurrency. A training tells
-its speed as well, so that what it takes to begin and to end, which more epochs do not make longer, is told apart. Rejected: a
-calibration of its own that times every stage anew, which a small run does better, as it is one.
+A finished run's provenance holds every unit's seconds. Divided by the rows that its stage went through they give seconds per row,
+which hold for more rows of the same networks on the same machines at the same concurrency. A training tells its speed as well, so
+that what it takes to begin and to end, which more epochs do not make longer, is told apart. Rejected: a calibration of its own
+that times every stage anew, which a small run does better, as it is one.
 """
 
 import json

@@ -125,7 +125,9 @@ def _gain_chart(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     if sum(map(len, lines.values())) <= 1:
         return None
     profiles = [
-        Profile(f"{count} experts", [(float(f"{seen / 1e6:.3g}"), line[seen]) for seen in sorted(line)], style % charts.NUM_STYLES)
+        Profile(
+            f"{count} experts", [(float(f"{seen / 1e6:.3g}"), line[seen]) for seen in sorted(line)], style % charts.NUM_STYLES
+        )
         for style, (count, line) in enumerate(sorted(lines.items()))
     ]
     captions = Captions("chart-gains", "What the mixture gains", "million images shown, the trunk's included", "points")
