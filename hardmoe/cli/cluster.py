@@ -8,6 +8,9 @@ import click
 
 from hardmoe.cli.options import recipe_options
 
+_MOST, _MOST_MACHINES = 1e18, 1_000_000
+"""Of images and their bytes, and of GPUs and nodes, that a plan is made for."""
+
 
 @click.command()
 @click.option("--address", help="Look at every node of this Ray cluster (host:6379), as execution.address has it.")
@@ -27,12 +30,21 @@ def _variables(context: click.Context, parameter: click.Parameter, value: tuple[
     return {key: rest for key, _, rest in (text.partition("=") for text in value)}
 
 
+def _amount(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """A number that there can be of something, which nan and inf are not."""
+    if value is not None and not 1 <= value <= _MOST:
+        raise click.BadParameter(f"{value:g} is not a number from 1 to {_MOST:g}")
+    return value
+
+
 @click.command()
-@click.option("--images", type=float, help="Images in the collection, such as 1e9.  [default: as many as the run has]")
-@click.option("--image-bytes", type=click.FloatRange(min=1), help="Bytes of an image, on average.")
+@click.option(
+    "--images", type=float, callback=_amount, help="Images in the collection, such as 1e9.  [default: as many as the run has]"
+)
+@click.option("--image-bytes", type=float, callback=_amount, help="Bytes of an image, on average.")
 @click.option("--experts", type=click.IntRange(min=1), help="Override partition.experts.")
-@click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="GPUs of all nodes together.")
-@click.option("--nodes", type=click.IntRange(min=1), help="Nodes.  [default: one for every eight GPUs]")
+@click.option("--gpus", type=click.IntRange(0, _MOST_MACHINES), default=0, show_default=True, help="GPUs of all nodes together.")
+@click.option("--nodes", type=click.IntRange(1, _MOST_MACHINES), help="Nodes.  [default: one for every eight GPUs]")
 @click.option("--cpus", type=click.IntRange(min=1), default=os.cpu_count, help="CPUs of a node.  [default: this machine's]")
 @click.option("--calibrate", metavar="ROOT", help="Take unit times from this finished run, of the same networks and machines.")
 @click.option(

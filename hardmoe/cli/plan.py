@@ -10,7 +10,8 @@ import yaml
 
 from hardmoe.artifacts.store import ArtifactStore
 from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
-from hardmoe.errors import RecipeError
+from hardmoe.errors import CorruptFileError, RecipeError
+from hardmoe.execution.checkup.findings import judge_demands
 from hardmoe.execution.tracked import format_bytes, format_seconds
 from hardmoe.pipeline import ExternalInputs, build_stages
 from hardmoe.planning.estimate import Machines, RunPlan, plan_run
@@ -40,7 +41,9 @@ def show_plan(options: Mapping[str, Any], asked: Asked, as_json: bool) -> None:
     """Simulate the run and print the table.
 
     Raises:
-        RecipeError: the number of images is not known, or the calibration's root has no finished run.
+        RecipeError: the number of images is not known or less than there are experts, the calibration's root has no finished run,
+            or a unit fits on no node.
+        CorruptFileError: the calibration's root is damaged.
     """
     recipe = recipe_of(options)
     rates, images, image_bytes = Rates.stated(asked.rates), asked.images, asked.image_bytes
@@ -48,7 +51,13 @@ def show_plan(options: Mapping[str, Any], asked: Asked, as_json: bool) -> None:
         storage = open_storage(asked.calibrate)
         if not storage.exists(RECIPE_FILE):
             raise RecipeError(f"--calibrate: no run was begun in {storage.where()}; name the root of a finished run")
-        earlier = parse_recipe(yaml.safe_load(storage.read_bytes(RECIPE_FILE)), storage.where(RECIPE_FILE))
+        try:
+            body = yaml.safe_load(storage.read_bytes(RECIPE_FILE))
+        except (yaml.YAMLError, ValueError) as error:
+            raise CorruptFileError(
+                f"--calibrate: {storage.where(RECIPE_FILE)} is damaged; name the root of another finished run"
+            ) from error
+        earlier = parse_recipe(body, storage.where(RECIPE_FILE))
         rates = rates.measured(storage, earlier, build_stages(earlier, ExternalInputs("")))
     found = ArtifactStore(open_storage(asked.calibrate or recipe.root)).find("dataset")
     if found is not None:
@@ -59,13 +68,21 @@ def show_plan(options: Mapping[str, Any], asked: Asked, as_json: bool) -> None:
         )
     if images is None:
         raise RecipeError("how many images there are is not known yet; say it with --images, such as --images 1e9")
+    if images < recipe.partition.experts:
+        raise RecipeError(f"{images:,} images do not make {recipe.partition.experts:,} parts; raise --images, or lower --experts")
     machines = _machines(asked, recipe)
+    demands = [stage.resources for stage in build_stages(recipe, ExternalInputs(""))]
+    for finding in judge_demands(demands, machines.nodes[:1]):
+        if finding.state == "bad":
+            raise RecipeError(
+                f"{finding.text} ({_described(machines)}); lower num_threads or gpus in the recipe, or more --cpus or --gpus"
+            )
     plan = plan_run(recipe, images, image_bytes or _IMAGE_BYTES, machines, rates, _network(recipe))
     if as_json:
         body = {"hours": plan.hours, "images": images, "experts": recipe.partition.experts, "rates": asdict(rates)}
         click.echo(json.dumps(body | {"stages": [asdict(stage) for stage in plan.stages]}, indent=1))
         return
-    where = f"{len(machines.nodes)} nodes of {machines.nodes[0]['CPU']:g} CPUs and {machines.nodes[0]['GPU']:g} GPUs"
+    where = _described(machines)
     whence = (
         f"rates of the run in {asked.calibrate}"
         if asked.calibrate
@@ -81,6 +98,10 @@ def _machines(asked: Asked, recipe: Recipe) -> Machines:
     if asked.gpus % nodes:
         raise RecipeError(f"{asked.gpus} GPUs do not divide among {nodes} nodes; change --gpus or --nodes")
     return Machines([{"CPU": float(asked.cpus), "GPU": asked.gpus / nodes}] * nodes, recipe.execution.parallel)
+
+
+def _described(machines: Machines) -> str:
+    return f"{len(machines.nodes)} nodes of {machines.nodes[0]['CPU']:g} CPUs and {machines.nodes[0]['GPU']:g} GPUs"
 
 
 def _network(recipe: Recipe) -> Network:

@@ -7,6 +7,7 @@ that times every stage anew, which a small run does better, as it is one.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,11 +15,15 @@ from typing import Any
 from hardmoe.artifacts.names import TRANSFER
 from hardmoe.artifacts.record import PROVENANCE_NAME
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.errors import RecipeError
+from hardmoe.errors import CorruptFileError, RecipeError
 from hardmoe.planning.work import Shape, rows_of
 from hardmoe.recipe import Recipe
 from hardmoe.stage import Stage
-from hardmoe.storage import Storage, join, read_if_there
+from hardmoe.storage import Storage, read_if_there
+
+_LEAST_RATE, _MOST_RATE = 1e-12, 1e18
+_RESUMED = 1.2
+"""A training that took less than its steps at its own speed, by so much, was resumed: what is known is its last try alone."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,10 @@ class Rates:
                 found[name] = float(text)
             except ValueError:
                 found[name] = -1.0
-            if not (found[name] > 0 or (found[name] == 0 and name.endswith("price"))):
-                raise RecipeError(f"--rate {name}={text}: not a number above zero")
+            if not (_LEAST_RATE <= found[name] <= _MOST_RATE or (found[name] == 0 and name.endswith("price"))):
+                raise RecipeError(
+                    f"--rate {name}={text}: not a number above zero; state one from {_LEAST_RATE:g} to {_MOST_RATE:g}"
+                )
         return replace(cls(), **found)
 
     def measured(self, storage: Storage, recipe: Recipe, stages: list[Stage]) -> "Rates":
@@ -84,6 +91,7 @@ class Rates:
 
         Raises:
             RecipeError: nothing in it is finished.
+            CorruptFileError: what it says of its units is damaged.
         """
         dataset = ArtifactStore(storage).find("dataset")
         if dataset is None:
@@ -93,11 +101,10 @@ class Rates:
         for stage in stages:
             if stage.name.startswith(TRANSFER):
                 continue  # of a dataset of another size
-            taken = _seconds_of(storage, stage.name)
-            if taken is not None:
-                in_steps = min(taken, _seconds_in_steps(storage, stage.name, default=taken))
+            seconds = _seconds_of(storage, stage.name)
+            if seconds is not None:
                 for key in (stage.name, _any(stage)):
-                    measured.setdefault(key, []).append((in_steps, taken - in_steps, rows_of(stage, recipe, shape)))
+                    measured.setdefault(key, []).append((*seconds, rows_of(stage, recipe, shape)))
         per_row, per_unit = {}, {}
         for key, each in measured.items():
             in_steps, beside, rows = map(sum, zip(*each, strict=True))
@@ -118,23 +125,36 @@ def _any(stage: Stage) -> str:
     return f"any {stage.kind}"
 
 
-def _units_of(storage: Storage, name: str) -> tuple[list[Mapping[str, Any]], int]:
-    """Those units of a stage of which is known what they took, and how many it has; none if it was not built here."""
-    data = read_if_there(storage, join(name, PROVENANCE_NAME))
-    body = {} if data is None else json.loads(data)
-    shown = body.get("units", [])
-    return shown, body.get("num_units", len(shown))
+def _seconds_of(storage: Storage, name: str) -> tuple[float, float] | None:
+    """What all units of a stage took: in steps, which is all but for a training, and beside; None if nobody noted it.
+
+    A stage that was taken over from another root took what it did there.
+
+    Raises:
+        CorruptFileError: the provenance is damaged.
+    """
+    artifact = ArtifactStore(storage).find(name)
+    data = None if artifact is None else read_if_there(artifact.storage, artifact.path(PROVENANCE_NAME))
+    if artifact is None or data is None:
+        return None
+    try:
+        body = json.loads(data)
+        shown = body.get("units", [])
+        if not shown:
+            return None
+        taken = _positive(sum(unit["seconds"] for unit in shown)) * body.get("num_units", len(shown)) / len(shown)
+        speed = _positive(shown[0].get("said", {}).get("examples/s") or 0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        where = artifact.storage.where(artifact.path(PROVENANCE_NAME))
+        raise CorruptFileError(f"--calibrate: {where} is damaged; name the root of another finished run") from error
+    seen = artifact.payload.get("examples_seen")
+    if not (seen and speed):
+        return taken, 0.0
+    in_steps = seen / speed
+    return (in_steps, 0.0) if in_steps > _RESUMED * taken else (min(taken, in_steps), taken - min(taken, in_steps))
 
 
-def _seconds_of(storage: Storage, name: str) -> float | None:
-    """Seconds of all units of a stage together; None if it was not built here."""
-    shown, count = _units_of(storage, name)
-    return sum(unit["seconds"] for unit in shown) * count / len(shown) if shown else None
-
-
-def _seconds_in_steps(storage: Storage, name: str, default: float) -> float:
-    """What a training would have taken at the speed that it told last; the default for everything that is none."""
-    (shown, _), artifact = _units_of(storage, name), ArtifactStore(storage).find(name)
-    speed = shown[0].get("said", {}).get("examples/s")
-    seen = None if artifact is None else artifact.payload.get("examples_seen")
-    return seen / speed if seen and speed else default
+def _positive(number: float) -> float:
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{number} are no seconds")
+    return number

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -19,7 +22,7 @@ from hardmoe.artifacts.lease import this_process
 from hardmoe.errors import BackendError, UnitsFailedError
 from hardmoe.execution.ray import scratch
 from hardmoe.execution.ray.backend import RayBackend
-from hardmoe.execution.ray.connection import prepare_environment
+from hardmoe.execution.ray.connection import check_reachable, prepare_environment
 from hardmoe.execution.runner import RunnerOptions
 from hardmoe.stage import Resources
 
@@ -210,3 +213,70 @@ def test_token_that_ray_start_made_is_sent_to_a_cluster_and_the_mode_that_somebo
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     prepare_environment(joins=True)
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read (no such file"),
+        (b" \n", "is empty"),
+        (b"\xff\xfe", "no header can carry"),
+        (b"a\nb", "no header can carry"),
+    ],
+)
+def test_token_that_ray_would_abort_over_is_refused_before_ray_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str
+) -> None:
+    """Seen: a stack trace of Ray's, "You have likely discovered a bug in Ray", and gRPC's assertion with signal 6."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    del os.environ["RAY_AUTH_MODE"]
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path := tmp_path / "token"))
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BackendError, match=re.escape(words)) as refused:
+        prepare_environment(joins=True)
+    assert str(path) in str(refused.value) and "set RAY_AUTH_TOKEN" in str(refused.value)
+
+
+def test_empty_token_file_in_the_home_directory_is_no_token_as_ray_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    del os.environ["RAY_AUTH_MODE"]
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("")
+    prepare_environment(joins=True)
+    assert "RAY_AUTH_MODE" not in os.environ
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(BackendError, match="auth_token, is empty"):
+        prepare_environment(joins=True)
+
+
+def test_dashboard_that_is_taken_for_the_head_is_refused_at_once() -> None:
+    """Seen: `--address HEAD:8265`, the job server's port, was waited for 56 seconds, as gRPC does not say that it is none."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def answer() -> None:
+            visitor, _ = door.accept()
+            with visitor:
+                visitor.recv(64)
+                visitor.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(BackendError, match="a web server does, such as the dashboard"):
+            check_reachable(f"127.0.0.1:{door.getsockname()[1]}")
+        thread.join()
+
+
+def test_head_that_hangs_up_without_a_word_is_left_to_ray() -> None:
+    """As one does that wants TLS."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        thread = threading.Thread(target=lambda: door.accept()[0].close())
+        thread.start()
+        check_reachable(f"127.0.0.1:{door.getsockname()[1]}")
+        thread.join()
