@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from hardmoe.cli.common import DETECTION_FILE, RECIPE_FILE, existing_run
+from hardmoe.cli.common import DETECTION_FILE, RECIPE_FILE, described_in, existing_run
 from hardmoe.detection.config import DetectionConfig
 from hardmoe.detection.stages import detection_stages
 from hardmoe.partitioning.advice_stages import CHECKS, SWEEP
@@ -39,11 +37,12 @@ def begun_run(options: Mapping[str, Any]) -> BegunRun:
 
     Raises:
         RecipeError: there is none.
+        CorruptFileError: what it was begun with is damaged.
     """
     if options["root"] is not None and options["recipe_path"] is None:
         storage = open_storage(options["root"])
         if not storage.exists(RECIPE_FILE) and storage.exists(DETECTION_FILE):
-            config = DetectionConfig.model_validate(yaml.safe_load(storage.read_bytes(DETECTION_FILE)))
+            config = DetectionConfig.model_validate(described_in(storage, DETECTION_FILE))
             return BegunRun(storage, config, [stage.name for stage in detection_stages(config, "")])
     storage, recipe = existing_run(options)
     return BegunRun(storage, recipe, _artifact_names(storage, recipe))

@@ -68,6 +68,13 @@ def plan(as_json: bool, images: float | None, experts: int | None, **options: An
     show_plan(options, asked, as_json)
 
 
+def _mounts(context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Directories that are the same everywhere, which relative ones are not."""
+    if relative := [str(path) for path in value if not path.is_absolute()]:
+        raise click.BadParameter(f"'{relative[0]}' is a relative path; write it from the root on, as every node has it")
+    return value
+
+
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--address", required=True, metavar="URL", help="The cluster's job server: http://head:8265.")
 @click.option("--checkout", is_flag=True, help="Also send the files of this checkout that git tracks, at most 20 MiB.")
@@ -83,6 +90,7 @@ def plan(as_json: bool, images: float | None, experts: int | None, **options: An
     "--shared",
     multiple=True,
     type=click.Path(path_type=Path),
+    callback=_mounts,
     metavar="DIR",
     help="Every node mounts this directory at the same place, so the recipe may name paths in it; may be repeated.",
 )
@@ -101,7 +109,7 @@ def submit(
     context: click.Context, /, command: tuple[str, ...], list_: bool, logs: str | None, stop: str | None, **options: Any
 ) -> None:
     """Run COMMAND, such as `run -f photos.yaml`, as a job on a Ray cluster; write it behind `--`."""
-    if bool(command) + list_ + (logs is not None) + (stop is not None) != 1:
+    if bool([word for word in command if word != "hardmoe"]) + list_ + bool(logs) + bool(stop) != 1:
         raise click.UsageError("give a COMMAND behind '--', or one of --list, --logs JOB and --stop JOB")
     from hardmoe.cli import submit as jobs
     from hardmoe.execution.ray.jobs import JobServer
@@ -111,7 +119,7 @@ def submit(
         jobs.submit_command(group, command, options)
     elif list_:
         jobs.list_jobs(JobServer(options["address"], options["ca"]))
-    elif logs is not None:
+    elif logs:
         jobs.show_logs(JobServer(options["address"], options["ca"]), logs)
-    elif stop is not None:
+    elif stop:
         jobs.stop_job(JobServer(options["address"], options["ca"]), stop)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hardmoe.errors import RecipeError
+from hardmoe.errors import CorruptFileError, RecipeError
 from hardmoe.recipe import DEFAULT_PATH, Recipe, load_recipe, parse_recipe
 from hardmoe.storage import Storage, open_storage
 
@@ -63,7 +63,22 @@ def existing_run(options: Mapping[str, Any]) -> tuple[Storage, Recipe]:
         raise RecipeError(
             f"no run was begun in {storage.where()}; begin one with 'hardmoe run', or name another root with --root"
         )
-    return storage, parse_recipe(yaml.safe_load(storage.read_bytes(RECIPE_FILE)), storage.where(RECIPE_FILE))
+    return storage, parse_recipe(described_in(storage, RECIPE_FILE), storage.where(RECIPE_FILE))
+
+
+def described_in(storage: Storage, name: str) -> Any:
+    """What is in the file that a run was begun with.
+
+    Raises:
+        CorruptFileError: it is no YAML any more.
+    """
+    try:
+        return yaml.safe_load(storage.read_bytes(name))
+    except (yaml.YAMLError, ValueError) as error:
+        where = storage.where(name)
+        raise CorruptFileError(
+            f"{where} is damaged; delete it, and the command that the run was begun with writes it again"
+        ) from error
 
 
 def keep_description(storage: Storage, name: str, content: Mapping[str, Any]) -> None:

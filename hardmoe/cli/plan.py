@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
-import yaml
 
 from hardmoe.artifacts.store import ArtifactStore
-from hardmoe.cli.common import RECIPE_FILE, format_table, recipe_of
-from hardmoe.errors import CorruptFileError, RecipeError
+from hardmoe.cli.common import RECIPE_FILE, described_in, format_table, recipe_of
+from hardmoe.errors import RecipeError
 from hardmoe.execution.checkup.findings import judge_demands
 from hardmoe.execution.tracked import format_bytes, format_seconds
 from hardmoe.pipeline import ExternalInputs, build_stages
@@ -51,13 +50,7 @@ def show_plan(options: Mapping[str, Any], asked: Asked, as_json: bool) -> None:
         storage = open_storage(asked.calibrate)
         if not storage.exists(RECIPE_FILE):
             raise RecipeError(f"--calibrate: no run was begun in {storage.where()}; name the root of a finished run")
-        try:
-            body = yaml.safe_load(storage.read_bytes(RECIPE_FILE))
-        except (yaml.YAMLError, ValueError) as error:
-            raise CorruptFileError(
-                f"--calibrate: {storage.where(RECIPE_FILE)} is damaged; name the root of another finished run"
-            ) from error
-        earlier = parse_recipe(body, storage.where(RECIPE_FILE))
+        earlier = parse_recipe(described_in(storage, RECIPE_FILE), storage.where(RECIPE_FILE))
         rates = rates.measured(storage, earlier, build_stages(earlier, ExternalInputs("")))
     found = ArtifactStore(open_storage(asked.calibrate or recipe.root)).find("dataset")
     if found is not None:
@@ -75,7 +68,7 @@ def show_plan(options: Mapping[str, Any], asked: Asked, as_json: bool) -> None:
     for finding in judge_demands(demands, machines.nodes[:1]):
         if finding.state == "bad":
             raise RecipeError(
-                f"{finding.text} ({_described(machines)}); lower num_threads or gpus in the recipe, or more --cpus or --gpus"
+                f"{finding.text} ({_described(machines)}); lower num_threads or gpus in the recipe, or say more --cpus or --gpus"
             )
     plan = plan_run(recipe, images, image_bytes or _IMAGE_BYTES, machines, rates, _network(recipe))
     if as_json:

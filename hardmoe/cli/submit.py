@@ -126,6 +126,10 @@ def _check_places(recipe: Recipe, shared: Sequence[Path]) -> None:
             if ("://" in place and not place.startswith("file://")) or any(path.is_relative_to(mount) for mount in shared):
                 continue
             what = "relative path" if not path.is_absolute() else "path"
+            if what == "relative path" and any(path.absolute().is_relative_to(mount) for mount in shared):
+                raise RecipeError(
+                    f"{key} is '{place}', a relative path, which is elsewhere for workers of the cluster; write {path.absolute()}"
+                )
             raise RecipeError(
                 f"{key} is '{place}', a {what} of this machine, which workers of the cluster do not see; use s3://bucket/prefix, "
                 f"or say with --shared DIR that every node mounts that directory at the same place"

@@ -117,7 +117,7 @@ def _gain_chart(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     lines: dict[int, dict[int, Interval]] = {}
     for run in runs:
         cost = run["systems"].get("mixture", {}).get("cost")
-        if run["gain"] is not None and run["gain"]["low"] is not None and cost:
+        if run["gain"] is not None and run["gain"]["low"] is not None and cost and cost["images_seen"]:
             # Of runs with the same schedule and number of experts the last one named stands for all.
             text = f"{format_points(run['gain']['value'])} after {cost['images_seen']:,} images"
             point = _interval(run["name"], run["gain"], None, text)
@@ -137,7 +137,7 @@ def _gain_chart(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
 def _cost_chart(runs: Sequence[Mapping[str, Any]], key: str, name: str, of: str) -> tuple[str, Markup] | None:
     """The headline metric against operations, a colour for every run."""
     counts = [told["cost"][key] for run in runs for told in run["systems"].values() if told["cost"]]
-    if not counts:
+    if not any(counts):
         return None
     divisor, unit = next((size, unit) for size, unit in _UNITS if max(counts) >= size)
     profiles = []
@@ -145,7 +145,8 @@ def _cost_chart(runs: Sequence[Mapping[str, Any]], key: str, name: str, of: str)
         points = []
         for system, told in run["systems"].items():
             metric = told["metrics"].get(HEADLINE_METRIC)
-            if told["cost"] and metric is not None and metric["value"] is not None:
+            # What cost nothing has no place on a logarithmic axis.
+            if told["cost"] and told["cost"][key] and metric is not None and metric["value"] is not None:
                 text = f"{format_percent(metric['value'])} % at {format_large(told['cost'][key])}"
                 points.append(
                     (float(f"{told['cost'][key] / divisor:.3g}"), _interval(f"{run['name']}: {system}", metric, None, text))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -72,8 +73,10 @@ def _asked(address: str, token: Path) -> urllib.request.Request:
 def cluster(s3_store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """By the runbook's own two commands, with ports that are free and `--block`, so that they end with the test."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    # As on a machine of one's own: `ray start` makes a token in the home directory, and nobody sets the mode.
+    # As on a machine of one's own: the token is in the home directory, and nobody sets the mode.
     monkeypatch.setenv("HOME", str(home := tmp_path_factory.mktemp("home")))
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     text = (REPOSITORY / "cluster" / "README.md").read_text()
     port, dashboard = free_port(), free_port()

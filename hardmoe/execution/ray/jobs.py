@@ -23,6 +23,7 @@ _ANSWER_SECONDS = 8.0
 _ACTION_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
 _STARTING_SECONDS = 60.0
+_HEADERS_REMEDY = 'RAY_JOB_HEADERS is no JSON object of texts; write it like {"Authorization": "Bearer …"}'
 _SILENCE_SECONDS = 300.0
 """A job server that does not answer for so long is given up; the job may go on."""
 
@@ -186,6 +187,11 @@ def _refusal(error: BaseException) -> str:
     text = reason(error)
     if "status code 404" in text and "does not exist" in text:
         return "there is no such job; 'hardmoe submit --list' shows those there are"
+    if "No available agent" in text:
+        return (
+            f"its head's agent is not there after {_STARTING_SECONDS:g} s, see its dashboard_agent.log; where another Ray there "
+            "has its port, start the head with --dashboard-agent-listen-port"
+        )
     return f"{text[:300]}; see its logs on the head node"
 
 
@@ -213,7 +219,9 @@ def _client(address: str, certificates: Path | None) -> Any:
     try:
         headers = json.loads(os.environ.get("RAY_JOB_HEADERS", "{}"))
     except ValueError as error:
-        raise BackendError('RAY_JOB_HEADERS is not JSON; write it like {"Authorization": "Bearer …"}') from error
+        raise BackendError(_HEADERS_REMEDY) from error
+    if not isinstance(headers, dict) or not all(isinstance(text, str) for text in headers.values()):
+        raise BackendError(_HEADERS_REMEDY)
     return Client(address, headers=headers, verify=str(certificates) if certificates else True)
 
 

@@ -17,7 +17,9 @@ from support import invoke
 from hardmoe.artifacts.lease import LEASE_NAME, Holder, this_process
 from hardmoe.artifacts.record import Record
 from hardmoe.cli import inspect as inspect_module
+from hardmoe.cli.begun import begun_run
 from hardmoe.cli.common import format_table
+from hardmoe.errors import CorruptFileError
 from hardmoe.execution.tracked import Tracked
 from hardmoe.recipe import Recipe
 from hardmoe.storage import LocalStorage
@@ -226,3 +228,9 @@ def test_status_tells_how_every_expert_is_doing_and_when_the_last_will_be_done(r
     line = look(run, "status").splitlines()[-1]
     assert line.startswith("experts: 1 of 2 done, 1 running at 20 examples/s together; the last one done in about 1:00, at ")
     assert "experts:" not in look(run, "status", "--json")
+
+
+def test_run_whose_recipe_is_damaged_is_told_so(run: LocalStorage) -> None:
+    run.write_bytes("recipe.yaml", b"{a: [")
+    with pytest.raises(CorruptFileError, match=r"recipe\.yaml is damaged; delete it"):
+        begun_run({"root": str(run.directory), "recipe_path": None})

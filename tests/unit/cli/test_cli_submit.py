@@ -115,6 +115,9 @@ def test_command_that_cannot_run_there_is_refused(there: Path, words: tuple[str,
         ("--list", "--", "run"),
         ("--env", "x", "--", "run"),
         ("--list", "--stop", "x"),
+        ("--", "hardmoe"),
+        ("--logs", ""),
+        ("--shared", "mounted", "--", "run", "--root", "mounted/x"),
     ],
     ids=str,
 )
@@ -126,6 +129,19 @@ def test_wrong_command_line_is_a_usage_error(there: Path, arguments: tuple[str, 
 def test_address_where_no_job_server_is_gets_one_sentence(there: Path, address: str) -> None:
     sentence = refusal(invoke(there, "submit", "--address", address, "--", "run"))
     assert ("no job server answers" if "://" in address else "is no job server's") in sentence and ":8265" in sentence
+
+
+@pytest.mark.parametrize("headers", ["{", "[]", '{"a": 1}'])
+def test_headers_that_are_none_are_refused(there: Path, headers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_HEADERS", headers)
+    assert "no JSON object of texts" in refusal(invoke(there, "submit", "--address", NOBODY, "--list"))
+
+
+def test_relative_root_below_a_shared_directory_is_refused_with_the_path_to_write(tmp_path: Path) -> None:
+    """Seen: "say with --shared DIR" was the remedy for somebody who had said so."""
+    write_recipe(tmp_path, root="runs/small")
+    sentence = refusal(invoke(tmp_path, "submit", "--address", NOBODY, "--shared", str(tmp_path), "--", "run"))
+    assert f"write {tmp_path / 'runs' / 'small'}" in sentence
 
 
 @pytest.mark.parametrize(

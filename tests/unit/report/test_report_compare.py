@@ -104,3 +104,16 @@ def test_names_and_places_are_text_and_never_markup() -> None:
 def test_page_is_the_same_for_the_same_runs() -> None:
     made = [render_comparison(make_comparison(make_run("a"), make_run("b", difference=paired()))) for _ in range(2)]
     assert made[0] == made[1]
+
+
+def test_what_cost_nothing_has_no_place_on_a_logarithmic_axis() -> None:
+    runs = [make_run(name, gain=metric(0.01), num_experts=4) for name in ("a", "b")]
+    for run, seen in zip(runs, (0, 1000), strict=True):
+        run["systems"]["mixture"]["cost"] |= {"images_seen": seen, "training_flops": 0}
+        run["systems"]["trunk"]["cost"] |= {"training_flops": seen}
+    page = render_comparison(make_comparison(*runs))
+    assert "chart-gains" not in page, "one point is no line"
+    assert "chart-training-flops" in page
+    for run in runs:
+        run["systems"]["trunk"]["cost"] |= {"training_flops": 0}
+    assert "chart-training-flops" not in render_comparison(make_comparison(*runs))
