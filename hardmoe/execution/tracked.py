@@ -39,6 +39,9 @@ class Tracked:
 
     def hear(self, unit: str, body: dict[str, Json]) -> None:
         """Take in what a running unit says; one that resumed from a checkpoint begins with a share that took no time now."""
+        if not self._known and self.done <= self._given:
+            # Until now the phase has waited for a slot and a worker, which its remaining time is no multiple of.
+            self._phase_started = time.monotonic()
         tries = self.tries.get(unit, 1)
         self.live[unit] = {**body, "tries": tries} if tries > 1 else body
         if unit not in self._known:
@@ -57,7 +60,7 @@ class Tracked:
 
     @property
     def rate(self) -> float:
-        """Units per second since this driver took up the phase."""
+        """Units per second since the first of this driver's began, or since it took up a phase whose units say nothing."""
         elapsed = time.monotonic() - self._phase_started
         return max(0.0, self.units - self._given) / elapsed if elapsed > 0.5 else 0.0
 
