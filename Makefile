@@ -18,7 +18,7 @@ PROGRESS := awk -v all="$$(grep -c '^[a-z].*==' requirements.lock)" '\
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## Build a mixture of four experts from 17,000 icons, and a report about it (3 to 4 minutes on two cores)
+demo: $(READY) ## Build a mixture of four experts from 17,000 icons, and a report about it (about 2 minutes on two cores)
 	@$(BIN)/hardmoe run -f pipelines/demo.yaml
 
 # The release that pipelines/icons390k.yaml was measured with; about 500 MB unpacked.

@@ -105,8 +105,10 @@ class Reporter:
         if time.monotonic() < self._next_tick:
             return False
         self._next_tick = time.monotonic() + STATUS_SECONDS
-        for build in builds.values():
+        working = {task.stage.name for task in in_flight}
+        for name, build in builds.items():
             self._follow(build)
+            self._tracked[name].look(name in working)
         for task in in_flight:
             body = self._live(task)
             if body is not None and body != self._earlier.get(_live_path(task)):

@@ -27,23 +27,41 @@ class Tracked:
     _given: float = 0.0
     """Units, and shares of units, that were done when this driver first looked: no measure of its speed."""
     _known: set[str] = field(default_factory=set)
+    _waits: bool = False
+    """Whether it had nothing handed over when it was last looked at."""
+    _waited: float = 0.0
+    """Seconds of this phase in which that was so: no measure of its speed either."""
+    _looked: float = field(default_factory=time.monotonic)
 
     def follow(self, phase: str, done: int, total: int) -> None:
         """Take in how many units of which phase are complete."""
         if self.phase != phase:
-            self.phase, self._given, self._phase_started = phase, done, time.monotonic()
-            self.live, self._known = {}, set()
+            self.phase, self._given, self.live, self._known = phase, done, {}, set()
+            self._begin_to_measure()
         self.done, self.total = done, total
         if done == total:
             self.live = {}
 
     def hear(self, unit: str, body: dict[str, Json]) -> None:
         """Take in what a running unit says; one that resumed from a checkpoint begins with a share that took no time now."""
+        if not self._known and self.done <= self._given:
+            # Until now the phase has waited for a slot and a worker, which its remaining time is no multiple of.
+            self._begin_to_measure()
         tries = self.tries.get(unit, 1)
         self.live[unit] = {**body, "tries": tries} if tries > 1 else body
         if unit not in self._known:
             self._known.add(unit)
             self._given += _share(body)
+
+    def look(self, is_working: bool) -> None:
+        """Take in whether any of its units is with a worker: others may be more urgent."""
+        looked, self._looked = self._looked, time.monotonic()
+        self._waited += self._looked - looked if self._waits else 0.0
+        self._waits = not is_working
+
+    def _begin_to_measure(self) -> None:
+        self._phase_started = self._looked = time.monotonic()
+        self._waited, self._waits = 0.0, False
 
     @property
     def units(self) -> float:
@@ -57,8 +75,8 @@ class Tracked:
 
     @property
     def rate(self) -> float:
-        """Units per second since this driver took up the phase."""
-        elapsed = time.monotonic() - self._phase_started
+        """Units per second since the first of this driver's began, or since it took up a phase whose units say nothing."""
+        elapsed = time.monotonic() - self._phase_started - self._waited
         return max(0.0, self.units - self._given) / elapsed if elapsed > 0.5 else 0.0
 
     @property
@@ -73,7 +91,9 @@ class Tracked:
             parts.append(f"{sum(rates):,.0f} examples/s")
         if losses := self._values("loss"):
             parts.append(f"loss {sum(losses) / len(losses):.3f}")
-        if self.eta_seconds is not None and self.units < self.total:
+        if self._waits and self.done < self.total:
+            parts.append("waiting for a slot")
+        elif self.eta_seconds is not None and self.units < self.total:
             parts.append(f"{format_seconds(self.eta_seconds)} left")
         return ", ".join(part for part in parts if part)
 

@@ -52,10 +52,42 @@ def test_unit_that_resumed_from_a_checkpoint_does_not_look_fast(clock: list[floa
     tracked.follow("train", 0, 1)
     clock[0] += 2
     tracked.hear("expert-0001", said(60, 100))
-    clock[0] += 98
+    clock[0] += 100
     tracked.hear("expert-0001", said(70, 100))
     assert tracked.fraction == pytest.approx(0.7)
     assert tracked.eta_seconds == pytest.approx(300)
+
+
+def test_waiting_for_a_slot_is_no_measure_of_the_speed(clock: list[float]) -> None:
+    """Seen: a trunk that would take six minutes was said to take 71, as it had been begun a minute before its first step."""
+    tracked = Tracked()
+    tracked.follow("train", 0, 1)
+    clock[0] += 60
+    tracked.hear("trunk", said(1, 100))
+    assert tracked.eta_seconds is None
+    clock[0] += 3
+    tracked.hear("trunk", said(2, 100))
+    assert tracked.eta_seconds == pytest.approx(3 * 98)
+
+
+def test_phase_that_others_go_before_says_so_and_is_not_slow_for_it(clock: list[float]) -> None:
+    """Seen: "route 2/96, 6:57:44 left" of what took ten seconds once the experts were through."""
+    tracked = Tracked()
+    tracked.follow("route", 0, 10)
+    tracked.look(True)
+    clock[0] += 4
+    tracked.follow("route", 2, 10)
+    tracked.look(False)
+    assert tracked.describe() == "route 2/10, waiting for a slot"
+    clock[0] += 500
+    tracked.look(True)
+    assert tracked.eta_seconds == pytest.approx(16)
+    clock[0] += 2
+    tracked.follow("route", 3, 10)
+    assert tracked.describe() == "route 3/10, 0:14 left"
+    tracked.look(False)
+    tracked.follow("route", 10, 10)
+    assert tracked.describe() == "route 10/10"
 
 
 def test_running_units_count_by_their_share_and_their_values_are_put_together(clock: list[float]) -> None:

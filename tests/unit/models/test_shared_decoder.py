@@ -152,7 +152,7 @@ def test_start_is_a_function_of_the_seed_and_leaves_global_randomness_alone():
 
 
 def test_more_than_four_times_the_width_is_refused_with_the_remedy():
-    with pytest.raises(RecipeError, match=r"decoder\.dim 9 .* width 4.* at most 16"):
+    with pytest.raises(RecipeError, match=r"decoder\.dim 17 .* width 4.* at most 16"):
         SharedDecoder.initial(K, E, torch.ones(V, E), torch.zeros(V), 0, DecoderForm(dim=17))
 
 

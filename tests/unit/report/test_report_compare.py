@@ -33,7 +33,7 @@ def make_run(name, systems=("trunk", "mixture"), value=0.5, difference=None, **c
             told[system]["difference"] = difference
     facts = {"root": f"runs/{name}", "num_test_examples": 640, "dataset": "d" * 64, "vocabulary": "v" * 64}
     recorded = {"commits": ["0123456789abcdef"], "machines": ["16 x Example"], "training_seconds": 3700.0}
-    return {"name": name, **facts, **recorded, "systems": told, **changes}
+    return {"name": name, **facts, **recorded, "num_experts": 4, "gain": metric(0.012), "systems": told, **changes}
 
 
 def paired(value=0.03):
@@ -64,6 +64,17 @@ def test_page_has_every_value_cost_and_origin() -> None:
     for text in ("0123456789", "16 x Example", "1 h 01 min", "runs/a", "2 runs, 4 systems", "Differences to a: mixture"):
         assert text in page
     assert "//" not in page and "<script" not in page
+
+
+def test_gains_are_drawn_for_every_number_of_experts_where_there_are_two() -> None:
+    runs = [make_run("a"), make_run("b", num_experts=8, gain=metric(-0.012)), make_run("c", gain=None)]
+    page = render_comparison(make_comparison(*runs))
+    for text in ("4 experts, a: +1.20 after 12,400 images", "8 experts, b: −1.20 after 12,400 images"):
+        assert text in page
+    assert "c: +" not in page
+    unknown = {"value": None, "low": None, "high": None, "reason": "no draws"}
+    alone = render_comparison(make_comparison(runs[0], runs[2], make_run("d", gain=unknown)))
+    assert "mixture − dense_refit of the same run" in page and "mixture − dense_refit of the same run" not in alone
 
 
 def test_unpaired_difference_has_a_warning_and_no_interval() -> None:
