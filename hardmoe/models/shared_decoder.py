@@ -227,7 +227,13 @@ def _initial_maps(start_weight_VE: Tensor, dim: int, seed: int) -> tuple[Tensor,
         start_VE = start_weight_VE.double()
         leading_ZE = torch.linalg.eigh(start_VE.T @ start_VE).eigenvectors.flip(1)[:, :dim].T
         return leading_ZE.float().contiguous(), (start_VE @ leading_ZE.T).float()
-    extra_rows = _orthonormal_rows(dim - num_features, num_features, derive_seed(seed, "decoder", "alignment")) * EXTRA_SCALE
+    starts = range(num_features, dim, num_features)
+    seeds = [derive_seed(seed, "decoder", "alignment", *([start] if start > num_features else [])) for start in starts]
+    blocks = [
+        _orthonormal_rows(min(num_features, dim - start), num_features, block_seed)
+        for start, block_seed in zip(starts, seeds, strict=True)
+    ]
+    extra_rows = torch.cat([torch.zeros(0, num_features), *blocks]) * EXTRA_SCALE
     decoder_VZ = torch.cat([start_weight_VE, torch.zeros(num_tags, dim - num_features)], dim=1)
     return torch.cat([torch.eye(num_features), extra_rows]), decoder_VZ
 

@@ -96,7 +96,7 @@ def test_state_dict_has_the_files_names_and_builds_the_same_model(align, tempera
 
 
 @pytest.mark.parametrize("align", ["affine", "lowrank"])
-@pytest.mark.parametrize("dim", [None, E, E + 3, 2 * E])
+@pytest.mark.parametrize("dim", [None, E, E + 3, 2 * E, 2 * E + 1, 4 * E])
 def test_start_has_the_trunks_logits_for_every_expert(dim, align):
     start_weight, start_bias = torch.randn(V, E), torch.randn(V)
     decoder = SharedDecoder.initial(K, E, start_weight, start_bias, 0, DecoderForm(align, dim, rank=2))
