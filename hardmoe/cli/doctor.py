@@ -3,6 +3,7 @@
 import contextlib
 import json
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +63,8 @@ def _examine_cluster(
 ) -> list[Finding]:
     from hardmoe.execution.ray.nodes import ask_every_node, joined
 
-    with joined(address):
+    # Ray tells of nodes that died whenever it learns of it, on standard output, which is the findings' alone.
+    with contextlib.redirect_stdout(sys.stderr), joined(address):
         nodes = ask_every_node(measure, *look)
     found = []
     for node in nodes:

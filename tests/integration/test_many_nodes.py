@@ -297,7 +297,7 @@ def test_run_goes_on_or_stops_and_resumes_when_a_hosts_disk_is_full(trial: Trial
 def test_root_that_only_the_drivers_host_has_is_found_out(site: Site) -> None:
     command = ["python", "-m", "hardmoe", "doctor", "--address", f"{site.head.address}:6379", "--root", "/tmp/home/run"]
     result = site.head.run(*command, "--json")
-    assert result.returncode == 1
+    assert result.returncode == 1 and result.stdout, result.stderr
     found = {each["node"].split()[0]: each for each in json.loads(result.stdout) if each["check"] == "root"}
     assert {node: each["state"] for node, each in found.items()} == {"head": "ok", "one": "bad", "two": "bad", "three": "bad"}
     assert "does not see what the driver writes there" in found["two"]["text"]
