@@ -15,12 +15,9 @@ import numpy as np
 
 from hardmoe.cli.build import METRIC_COLUMNS, cost_table, format_interval
 from hardmoe.cli.common import format_table
-from hardmoe.cli.finished import FinishedRun, distinct_names, speed_of, wall_clock
+from hardmoe.cli.finished import CONTROL, MIXTURE, FinishedRun, distinct_names, speed_of, wall_clock
 from hardmoe.config import Json
 from hardmoe.errors import RecipeError, StorageError
-
-PREFERRED, CONTROL = "mixture", "dense_refit"
-"""What others are held against where nobody chose, of the first run; and what a mixture is held against in its own run."""
 
 
 def check_options(roots: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -88,7 +85,7 @@ def _chosen(names: Sequence[str], runs: Sequence[FinishedRun], against: str | No
     """Which system of which run differences are held against."""
     if against is None:
         systems = list(runs[0].results["systems"])
-        return {"run": names[0], "system": PREFERRED if PREFERRED in systems else systems[0]}
+        return {"run": names[0], "system": MIXTURE if MIXTURE in systems else systems[0]}
     name, _, system = against.rpartition(":")
     name = name or names[0]
     if name not in names:
@@ -130,7 +127,7 @@ def _gain(run: FinishedRun) -> Json:
     from hardmoe.evaluation.bootstrap import paired_result
 
     values_R = run.replicates(METRIC_COLUMNS[0])
-    return paired_result(values_R[PREFERRED], values_R[CONTROL]) if values_R.keys() >= {PREFERRED, CONTROL} else None
+    return paired_result(values_R[MIXTURE], values_R[CONTROL]) if values_R.keys() >= {MIXTURE, CONTROL} else None
 
 
 def _differences(run: FinishedRun, system: str, reference: FinishedRun, chosen: str) -> dict[str, Json]:

@@ -25,6 +25,8 @@ from hardmoe.report.publish import busy_seconds
 from hardmoe.storage import open_storage, read_if_there
 
 EVALUATION, VOCABULARY, DATASET = "evaluation", "vocabulary", "dataset"
+MIXTURE, CONTROL = "mixture", "dense_refit"
+"""What a run is about, and what that is held against in the run itself."""
 _TRAINED = (":network-", ":start-")
 """Roles of the evaluation's inputs that are trainings, behind the name of a system."""
 

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from hardmoe.cli.build import build, format_interval, print_plan
 from hardmoe.cli.common import RECIPE_FILE, format_table
-from hardmoe.cli.finished import FinishedRun
+from hardmoe.cli.finished import CONTROL, MIXTURE, FinishedRun
 from hardmoe.config import Config, Json
 from hardmoe.errors import RecipeError
 from hardmoe.recipe import load_recipe
@@ -29,7 +29,6 @@ from hardmoe.storage import join, open_storage
 from hardmoe.yaml_files import read_yaml
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-MIXTURE, CONTROL = "mixture", "dense_refit"
 
 
 class StudyConfig(Config):
